@@ -1,0 +1,151 @@
+"""
+Settings from Python files and flags, in the spirit of nanoGPT's configurator.
+
+A script's settings are a dataclass, one commented line each:
+
+    @dataclass
+    class Settings:
+        n_layer: int = 12      # number of blocks
+        dtype: Literal['float32', 'bfloat16'] = 'float32'  # of matrix products
+
+and `configure(Settings, sys.argv[1:])` fills one in from the command line:
+
+    python train.py config/bitskip_h_ee.py config/cpu.py --seed=7 --compile
+
+Config files are plain Python, run in order, each seeing the settings so far (`ffn_dim = 4 * n_embd` works);
+flags come on top. What differs from nanoGPT: a dataclass instead of globals, so that the type of every value is
+checked against its annotation, and `--help` is generated from the comments.
+"""
+import dataclasses
+import difflib
+import inspect
+import os
+import re
+import sys
+import textwrap
+import types
+import typing
+
+
+class UserError(Exception):
+    """A user's mistake, told in one sentence: what is wrong, and what to do about it."""
+
+
+def run(main):
+    """Call `main(argv)` as a script: a user's mistake ends in one sentence and exit code 2, never a traceback."""
+    try:
+        main(sys.argv[1:])
+    except UserError as error:
+        fail(error)
+    except BrokenPipeError:  # the reader of our output (head, less) has gone: not an error
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:  # disk full, no permission: the system's own words are the clearest
+        fail(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}")
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def fail(message):
+    print(f'error: {message}', file=sys.stderr)
+    sys.exit(2)
+
+
+def configure(cls, argv, base=None):
+    """Settings of dataclass `cls` (starting from the dict `base`, if given), after the config files and flags in
+    `argv`. Raises UserError on anything unknown or of the wrong type. `--help` prints all settings and exits."""
+    if '--help' in argv or '-h' in argv:
+        print(help_text(cls))
+        sys.exit(0)
+    hints = typing.get_type_hints(cls)
+    values = {field.name: field.default for field in dataclasses.fields(cls)} | dict(base or {})
+    argv = list(argv)
+    while argv:
+        arg = argv.pop(0)
+        if not arg.startswith('--'):
+            for key, value in read_config(arg, values).items():
+                values[key] = convert(key, value, hints, where=f'{arg}: ')
+            continue
+        key, equals, text = arg[2:].partition('=')
+        key = key.replace('-', '_')
+        require_known(key, values)
+        if not equals:  # --key value; a bool may stand alone
+            if argv and not argv[0].startswith('--'):
+                text = argv.pop(0)
+            elif hints[key] is bool:
+                text = 'true'
+            else:
+                raise UserError(f'--{key} needs a value: --{key}={values[key]}')
+        values[key] = convert(key, text, hints, where='--', from_text=True)
+    return cls(**values)
+
+
+def read_config(path, values):
+    """Run the config file at `path` with `values` as its globals; return the settings that it assigned."""
+    if not path.endswith('.py'):
+        raise UserError(f"'{path}' is neither a flag (--key=value) nor a config file (*.py)")
+    if not os.path.isfile(path):
+        here = os.listdir('config') if os.path.isdir('config') else []
+        near = difflib.get_close_matches(os.path.basename(path), here, n=1)
+        raise UserError(f'no config file {path}' + (f'; did you mean config/{near[0]}?' if near else ''))
+    namespace = dict(values)
+    try:
+        with open(path, encoding='utf-8') as file:
+            exec(compile(file.read(), path, 'exec'), namespace)
+    except Exception as error:
+        raise UserError(f'{path} is not valid Python: {type(error).__name__}: {error}') from error
+    assigned = {key: value for key, value in namespace.items()
+                if not key.startswith('_') and not isinstance(value, types.ModuleType)
+                and (key not in values or value is not values[key])}
+    for key in assigned:
+        require_known(key, values, where=f'{path}: ')
+    return assigned
+
+
+def require_known(key, values, where=''):
+    if key not in values:
+        near = difflib.get_close_matches(key, values, n=3, cutoff=0.5)
+        raise UserError(f"{where}unknown setting '{key}'"
+                        + (f"; did you mean {' or '.join(near)}?" if near else '; --help lists them all'))
+
+
+def convert(key, value, hints, where='', from_text=False):
+    """`value` of setting `key` in its annotated type, or a UserError that says what was expected."""
+    hint = hints[key]
+    choices = typing.get_args(hint)
+    optional = type(None) in choices
+    if typing.get_origin(hint) is typing.Literal:
+        if value in choices:
+            return value
+        raise UserError(f"{where}{key}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
+    if optional:
+        hint = next(choice for choice in choices if choice is not type(None))
+        if value is None or (from_text and hint is not str and value.lower() in ('none', '')):
+            return None
+    if from_text and hint is bool:
+        spelled = {'true': True, 'yes': True, 'on': True, '1': True,
+                   'false': False, 'no': False, 'off': False, '0': False}
+        value = spelled.get(value.lower(), value)
+    elif from_text and hint is not str:
+        try:
+            value = hint(value)
+        except ValueError:
+            pass
+    if hint is float and type(value) is int:  # 1 is a fine way to write 1.0
+        value = float(value)
+    if type(value) is not hint:
+        kinds = {int: 'a whole number', float: 'a number', bool: 'True or False', str: 'a string'}
+        raise UserError(f"{where}{key}: expected {kinds[hint]}{' or None' if optional else ''}, got {value!r}")
+    return value
+
+
+def help_text(cls):
+    """Every setting of `cls` as `--name=default  comment`, under the docstrings of the classes that define them."""
+    lines = [f'usage: python {os.path.basename(sys.argv[0])} [config.py ...] [--setting=value ...]']
+    for owner in reversed(cls.__mro__[:-1]):
+        lines += ['', inspect.getdoc(owner)]
+        for line in inspect.getsource(owner).splitlines():
+            match = re.match(r'    (\w+): .+? = (.+?)\s+# (.+)', line)
+            if match:
+                name, default, comment = match.groups()
+                lines += textwrap.wrap(f'{f"  --{name}={default}":34} {comment}', 100, subsequent_indent=' ' * 35)
+    return '\n'.join(lines)
