@@ -1,8 +1,8 @@
 """
 Runs on disk. A run is a folder out/<name>/ with
 
-    ckpt.pt     the best model by validation loss: {'model', 'settings', 'meta', 'iter', 'val_loss'}
-    last.pt     the same for the newest step, plus 'optimizer', 'best' and 'bad_evals': what resuming needs
+    ckpt.pt     the best model by validation loss: model, settings, meta (of its data), progress
+    last.pt     the same at the newest step, and the optimizer's state: what resuming needs
     log.jsonl   the settings, then one line of metrics per log step
 
 Every file is written aside, flushed to disk and renamed, so that whatever happens, what stands under a name is whole:
@@ -10,7 +10,15 @@ either the old content or the new. Checkpoints hold tensors and plain values onl
 so a checkpoint from a stranger cannot run code.
 """
 import contextlib
+import glob
 import os
+import pickle
+import zipfile
+
+import torch
+
+from configurator import UserError
+from model import BitSkip, BitSkipConfig
 
 
 @contextlib.contextmanager
@@ -38,3 +46,56 @@ def fsync_folder(folder):
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def save(path, checkpoint):
+    with atomic_write(path) as file:
+        torch.save(checkpoint, file)
+
+
+def load(path, device='cpu'):
+    """The dict that `save` wrote, on `device`. UserError if the file is missing, damaged, or something else."""
+    if not os.path.isfile(path):
+        raise UserError(f'there is no checkpoint {path}; python train.py config/bitskip_h_ee.py config/cpu.py makes one')
+    try:
+        checkpoint = torch.load(path, map_location=device, weights_only=True)
+    except (RuntimeError, EOFError, ValueError, KeyError, TypeError, AttributeError, pickle.UnpicklingError,
+            zipfile.BadZipFile) as error:
+        raise UserError(f'{path} is damaged or not a checkpoint ({str(error).splitlines()[0][:80]}); '
+                        'copy it again or train anew') from None
+    expected = {'model', 'settings', 'meta', 'progress'}
+    if not isinstance(checkpoint, dict) or not expected <= checkpoint.keys():
+        raise UserError(f'{path} is not a BitSkip checkpoint: it should hold {", ".join(sorted(expected))}')
+    return checkpoint
+
+
+def build_model(checkpoint, path):
+    """The BitSkip model that a checkpoint holds, in eval mode. UserError if its parts do not fit together."""
+    try:
+        model = BitSkip(BitSkipConfig.of(checkpoint['settings']))
+        model.load_state_dict(checkpoint['model'])
+    except (RuntimeError, ValueError, TypeError, AttributeError) as error:
+        raise UserError(f'{path} is a checkpoint of another model ({" ".join(str(error).split())[:120]})') from None
+    return model.eval()
+
+
+def load_checkpoint(path, device='cpu'):
+    """(model, settings) of the checkpoint at `path`: a BitSkip in eval mode, and the dict of its run's settings.
+
+    settings['meta'] tells of the data: tokenizer, vocabulary, counts. UserError as `load` and `build_model`."""
+    checkpoint = load(path, device)
+    model = build_model(checkpoint, path).to(device)
+    return model, checkpoint['settings'] | {'meta': checkpoint['meta'], 'progress': checkpoint['progress']}
+
+
+def find_run(out_dir=''):
+    """`out_dir`, or the newest run under out/, which is then named. UserError if there is none."""
+    if out_dir:
+        return out_dir
+    runs = glob.glob(os.path.join('out', '*', 'ckpt.pt'))
+    if not runs:
+        raise UserError('no run in out/; python train.py config/bitskip_h_ee.py config/cpu.py makes one, '
+                        'or name a folder: --out_dir=...')
+    newest = os.path.dirname(max(runs, key=os.path.getmtime))
+    print(f'run: {newest} (the newest; --out_dir=... for another)')
+    return newest

@@ -1,0 +1,7 @@
+# Paper A, Table 2, row "BitSkip (H+EE)": Hadamard, early-exit loss and layer skipping, all at once.
+#   python train.py config/bitskip_h_ee.py                 WikiText-2 at Paper A's scale
+#   python train.py config/bitskip_h_ee.py config/cpu.py   at the scale of two CPU cores
+# Paper A: best validation PPL 216.06 after 1,800 steps.
+linear = 'hbitlinear'
+lambda_ee = 0.3
+p_max = 0.7

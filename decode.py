@@ -1,0 +1,135 @@
+"""
+Decoding: a key-value cache, and tokens that leave the model at different layers.
+
+With a cache a new token costs one pass of itself alone; the keys and values of the tokens before it are read back, not
+computed again. Early exit adds a difficulty: a token that left at layer l has no keys and values above l, but later
+tokens that go deeper will want to attend to it there. We compute them from the state it left with, h_l, as CALM does
+("state propagation"): the two small projections k and v of each block above, and nothing else. So the cache never has
+a hole, and what a token costs above its exit is 1/12 of a block (Paper A's shape).
+
+    exit_layer = k              every token leaves after block k
+    exit_mode = 'gate'          at the first l with p_l > threshold (A6)
+    exit_mode = 'confidence'    at the first l where the largest softmax probability is > threshold (CALM)
+"""
+import torch
+import torch.nn.functional as F
+
+
+class KVCache:
+    """Keys and values of all tokens so far: k and v (L, B, n_kv_head, block_size, head_dim).
+
+    `length` counts the tokens; setting it back forgets the newest. `depth` counts the layers that hold them all: a
+    pass that was cut at an exit_layer leaves out the layers above, and these cannot be used any more (ValueError)."""
+
+    def __init__(self, model, batch_size):
+        config, weight = model.config, model.embedding.weight
+        shape = (config.n_layer, batch_size, config.n_kv_head, config.block_size, config.n_embd // config.n_head)
+        self.k = torch.zeros(shape, device=weight.device, dtype=weight.dtype)
+        self.v = torch.zeros_like(self.k)
+        self.length, self.depth = 0, config.n_layer
+
+    def layer(self, layer, rows=None):
+        """Layer `layer`, for the samples `rows` (int64) of the batch, or for all."""
+        if layer >= self.depth:
+            raise ValueError(f'the cache has no keys for layer {layer}: its tokens left at layer {self.depth - 1}')
+        return LayerCache(self, layer, slice(None) if rows is None else rows)
+
+    def advance(self, n_tokens, depth):
+        self.length += n_tokens
+        self.depth = min(self.depth, depth)
+
+
+class LayerCache:
+    """One layer of a cache, for some samples of the batch."""
+
+    def __init__(self, cache, layer, rows):
+        self.k, self.v, self.length, self.rows = cache.k[layer], cache.v[layer], cache.length, rows
+
+    def append(self, k, v):
+        """k, v (b, n_kv_head, T, D) of the T newest tokens -> those of all S tokens so far, (b, n_kv_head, S, D)."""
+        stop = self.length + k.shape[2]
+        self.k[self.rows, :, self.length:stop] = k.to(self.k.dtype)
+        self.v[self.rows, :, self.length:stop] = v.to(self.v.dtype)
+        return self.k[self.rows, :, :stop], self.v[self.rows, :, :stop]
+
+
+def sample(logits, temperature=1.0, top_k=None, generator=None):
+    """One token per row: logits (B, V) -> (B, 1) int64. Temperature 0 takes the likeliest; top_k keeps k candidates."""
+    if temperature == 0:
+        return logits.argmax(dim=-1, keepdim=True)
+    logits = logits.float() / temperature
+    if top_k is not None:
+        kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
+        logits = logits.masked_fill(logits < kth, float('-inf'))
+    return torch.multinomial(F.softmax(logits, dim=-1), 1, generator=generator)
+
+
+@torch.no_grad()
+def stream(model, idx, max_new_tokens, temperature=1.0, top_k=None, exit_layer=None, exit_mode=None,
+           exit_threshold=0.5, generator=None):
+    """Continue idx (B, T) int64; yield, for each new token, itself (B, 1) and the layer that it left at (B,), int64.
+
+    exit_layer: run blocks 0 ... exit_layer at most. exit_mode None, 'gate' or 'confidence': leave before that, token by
+    token (the prompt itself runs in one pass, in full). Only the last block_size tokens are seen; when the cache is
+    full, it starts again from the newer half of them. ValueError on settings that the model cannot follow."""
+    config, last = model.config, model.require_layer(exit_layer)
+    if temperature < 0 or (top_k is not None and top_k < 1):
+        raise ValueError(f'temperature is at least 0 and top_k at least 1, got {temperature} and {top_k}')
+    if exit_mode not in (None, 'gate', 'confidence'):
+        raise ValueError(f"exit_mode is 'gate' or 'confidence', got {exit_mode!r}")
+    if exit_mode == 'gate' and not model.gates:
+        raise ValueError("this model has no gates (gate_dim=0); exit_mode='confidence' needs none")
+    if idx.shape[1] == 0:
+        raise ValueError('the prompt is empty: generation starts from at least one token')
+    was_training = model.training
+    model.eval()
+    try:
+        context = new = idx[:, -config.block_size:]  # new: the tokens that are not in the cache yet
+        cache = KVCache(model, len(idx))
+        for _ in range(max_new_tokens):
+            if cache.length + new.shape[1] > config.block_size:
+                cache, new = KVCache(model, len(idx)), context[:, -max(1, config.block_size // 2):]
+            if exit_mode is not None and new.shape[1] == 1:
+                logits, layers = step_with_exits(model, new, cache, last, exit_mode, exit_threshold)
+            else:
+                for h in model.hidden_states(new, last, cache):
+                    pass
+                logits = model.head(model.exit_state(h[:, -1], last))
+                layers = torch.full((len(idx),), last, device=idx.device)
+            new = sample(logits, temperature, top_k, generator)
+            context = torch.cat((context, new), dim=1)[:, -config.block_size:]
+            yield new, layers
+    finally:
+        model.train(was_training)
+
+
+def step_with_exits(model, idx, cache, last, mode, threshold):
+    """One token of each sample through blocks 0 ... last, each sample only as deep as it needs.
+
+    idx (B, 1) int64 -> logits (B, V), and the layer that each sample left at, (B,) int64."""
+    B, rope = len(idx), model.rope(cache.length, 1)
+    h = model.embedding(idx)  # (B, 1, C); a row stays as it is once its sample has left
+    layers = torch.full((B,), last, device=idx.device)
+    inside = torch.ones(B, dtype=torch.bool, device=idx.device)
+    for layer, block in enumerate(model.blocks[:last + 1]):
+        if inside.all():
+            h = block(h, rope, cache.layer(layer))
+        else:
+            rows, gone = inside.nonzero().squeeze(1), (~inside).nonzero().squeeze(1)
+            block.remember(h[gone], rope, cache.layer(layer, gone))  # state propagation: no holes in the cache
+            if len(rows):
+                h[rows] = block(h[rows], rope, cache.layer(layer, rows))
+        if layer < last and inside.any():
+            leave = inside & (exit_score(model, h[:, 0], layer, mode) > threshold)
+            layers[leave] = layer
+            inside &= ~leave
+    cache.advance(1, depth=last + 1)
+    states = torch.stack([model.exit_state(state, layer) for state, layer in zip(h[:, 0], layers.tolist())])
+    return model.head(states), layers
+
+
+def exit_score(model, h, layer, mode):
+    """How ready the states h (B, C) after block `layer` are to leave: (B,) in (0, 1), to be held against a threshold."""
+    if mode == 'gate':
+        return model.gates[layer](h)  # A6
+    return F.softmax(model.head(model.exit_state(h, layer)).float(), dim=-1).amax(dim=-1)  # CALM

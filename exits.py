@@ -1,0 +1,111 @@
+"""
+Early exit: how intermediate layers are supervised, skipped and chosen.
+
+Block l of L leaves a hidden state h_l; logits_l = head(norm(h_l)) may be read off after any of them. This file holds
+what is specific to that, as pure functions of their arguments (nothing here has a state that resuming could forget):
+
+    A4, B6   L_ee = sum_{l < L-1} w_l CE(logits_l, next token), sum w_l = 1      exit_weights, linear_cross_entropy
+    A5, B2   block l is skipped with probability p_max (l / (L-1))^2             skip_probabilities
+    A6       p_l = sigmoid(W2 ReLU(W1 norm(h_l)))                                Gate, sample_exits
+    A9       L_route = (E - l*)^2, E = sum_l l p_l prod_{j<l} (1 - p_j)          expected_exit_layer
+
+What differs from the authors' code: labels are those of the next token at every exit (they compare the exits with the
+current one, see the README); the probability of never having left is given to the last layer (they drop it, so that
+E = 0 can mean "never exits").
+"""
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+def exit_weights(n_layer, weighting):
+    """w_l of the exits 0 ... L-2, summing to 1: (L-1,) float32. 'early': w_l ~ L - l (A4); 'late': w_l ~ l + 1 (B6)."""
+    layers = torch.arange(n_layer - 1, dtype=torch.float32)
+    weights = {'early': n_layer - layers, 'late': layers + 1}[weighting]
+    return weights / weights.sum()
+
+
+def skip_probabilities(n_layer, p_max, schedule='quadratic', normalize=False):
+    """Probability of skipping each block in training: list of L floats, the last one 0 (A5, B2).
+
+    schedule: with t = l / (L-1), p_l is p_max times t^2 ('quadratic'), t ('linear'), 2^t - 1 ('exp', as LayerSkip) or
+    1 ('uniform'). normalize: scale so that they sum to 1, one skipped block per sample on average (B section 3.3)."""
+    curve = {'quadratic': lambda t: t ** 2, 'linear': lambda t: t, 'exp': lambda t: 2 ** t - 1,
+             'uniform': lambda t: 1.0}[schedule]
+    p = [p_max * curve(layer / (n_layer - 1)) for layer in range(n_layer - 1)] + [0.0]
+    if normalize and sum(p) > 0:
+        p = [min(1.0, p_l / sum(p)) for p_l in p]
+    return p
+
+
+class Gate(nn.Module):
+    """A6: the probability that a token leaves here: h (..., C) -> (...) in (0, 1). No biases, as A6 is printed."""
+
+    def __init__(self, n_embd, gate_dim):
+        super().__init__()
+        self.w1 = nn.Linear(n_embd, gate_dim, bias=False)
+        self.w2 = nn.Linear(gate_dim, 1, bias=False)
+
+    def forward(self, h):
+        return torch.sigmoid(self.w2(F.relu(self.w1(F.layer_norm(h, h.shape[-1:])))).squeeze(-1).float())
+
+
+def sample_exits(p):
+    """A6 in training: z ~ Bernoulli(p) in {0, 1}, with the straight-through gradient dz/dp := 1. Same shape as p."""
+    return torch.bernoulli(p.detach()) + (p - p.detach())
+
+
+def expected_exit_layer(p):
+    """A9: p (..., L-1), the chance to leave at layers 0 ... L-2 when reached -> E (...), the mean layer of leaving.
+
+    Who has not left by then leaves at L-1. E is linear in each p_l, so on independent samples z ~ p it is the layer
+    that the sampled path leaves at, and its mean over them is E(p): sampling changes neither value nor gradient."""
+    reach = torch.cumprod(1 - p, dim=-1)  # (..., L-1): the chance to get past layer l
+    return reach.sum(dim=-1)  # E[layer] = sum over l >= 0 of P(layer > l)
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """sum_n weight_n CE(h_n W^T, target_n) without ever holding more than one chunk of logits.
+
+    With 50,257 words and 12 exits, logits are most of the memory of a training step. But softmax needs only its own
+    row, so rows are done a chunk at a time, and the gradient (softmax - one-hot) is used up at once, in forward."""
+
+    CHUNK = 2 ** 25  # logits at a time: 128 MiB in float32
+
+    @staticmethod
+    def forward(ctx, h, w, targets, weights):
+        device = h.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else h.dtype
+        needs_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+        w_cast = w.to(dtype)
+        total = torch.zeros((), device=h.device)
+        grad_h, grad_w = (torch.empty_like(h), torch.zeros_like(w)) if needs_grad else (None, None)
+        rows = max(1, LinearCrossEntropy.CHUNK // len(w))
+        for start in range(0, len(h), rows):
+            chunk = slice(start, start + rows)
+            h_cast, target, weight = h[chunk].to(dtype), targets[chunk, None], weights[chunk, None]
+            logits = (h_cast @ w_cast.t()).float()  # (rows, V)
+            log_z = logits.logsumexp(dim=-1, keepdim=True)
+            total += ((log_z - logits.gather(1, target)) * weight).sum()
+            if needs_grad:
+                grad = logits.sub_(log_z).exp_()  # softmax...
+                grad.scatter_add_(1, target, -torch.ones_like(weight))  # ...minus one-hot: dCE/dlogits
+                grad = grad.mul_(weight).to(dtype)
+                grad_h[chunk] = grad @ w_cast
+                grad_w += grad.t() @ h_cast
+        ctx.save_for_backward(grad_h, grad_w)
+        return total
+
+    @staticmethod
+    def backward(ctx, grad_total):
+        grad_h, grad_w = ctx.saved_tensors
+        return grad_h * grad_total, grad_w * grad_total, None, None
+
+
+def linear_cross_entropy(h, w, targets, weights=None):
+    """Weighted sum of token cross-entropies of a linear head: scalar float32, differentiable in h and w.
+
+    h (N, C), w (V, C), targets (N,) int64, weights (N,) float32, by default 1/N each (the mean)."""
+    if weights is None:
+        weights = torch.full((len(h),), 1 / len(h), device=h.device)
+    return LinearCrossEntropy.apply(h, w, targets, weights)

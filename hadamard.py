@@ -1,0 +1,75 @@
+"""
+The fast Walsh-Hadamard transform (B3, B4), and why a quantizer likes it.
+
+    H_0 = (1),    H_m = 1/sqrt(2) [[H_{m-1},  H_{m-1}],        y = H_m x,   x of size n = 2^m
+                                   [H_{m-1}, -H_{m-1}]]
+
+H is orthonormal and symmetric, so it is its own inverse and, for autograd, its own gradient. Each y_i is a sum of all
+x_j with signs: an outlier in one coordinate is spread over all of them. A quantizer that scales by max|x| then wastes
+fewer of its levels; that is all the transform is for.
+
+Two ways to compute it in less than the n^2 of a matrix product:
+
+- the butterfly, n log2(n) additions. The definition above, unrolled: `fwht_butterfly`, which is for reading.
+- Kronecker. H_m = H_a (x) H_b whenever a + b = m, so with x laid out as a 2^a by 2^b matrix X, H x is H_a X H_b: two
+  products with small matrices, n (2^a + 2^b) multiplications. More arithmetic than the butterfly, but matrix products
+  are what computers are good at, and 2 passes over memory instead of log2(n): 3 to 6 times faster on a CPU.
+  `fwht`, which is for running.
+"""
+import functools
+
+import torch
+import torch.nn.functional as F
+
+
+def fwht(x):
+    """Orthonormal Walsh-Hadamard transform of the last dimension (B3, B4): (..., n) -> (..., n), same dtype.
+
+    Any floating dtype, any leading shape, differentiable. ValueError if n is not a power of two."""
+    n = require_pow2(x.shape[-1])
+    log_n = n.bit_length() - 1
+    a, b = 1 << log_n // 2, 1 << (log_n - log_n // 2)  # n = a b, as square as can be
+    X = x.reshape(-1, a, b)
+    Y = signs(a, x.dtype, x.device) @ (X @ signs(b, x.dtype, x.device))  # H_a X H_b, exact signs...
+    return (Y * n ** -0.5).reshape(x.shape)  # ...and one rounding for the scale
+
+
+def fwht_butterfly(x):
+    """The same transform by its definition (B4): log2(n) rounds of sums and differences."""
+    n = require_pow2(x.shape[-1])
+    y, half = x, 1
+    while half < n:
+        pairs = y.reshape(*x.shape[:-1], n // (2 * half), 2, half)
+        top, bottom = pairs.unbind(dim=-2)
+        y = torch.stack((top + bottom, top - bottom), dim=-2).reshape(x.shape)
+        half *= 2
+    return y * n ** -0.5
+
+
+def pad_to_pow2(x):
+    """Zeros behind the last dimension, up to the next power of two (the Pad of A3): (..., k) -> (..., n)."""
+    k = x.shape[-1]
+    n = next_pow2(k)
+    return x if n == k else F.pad(x, (0, n - k))
+
+
+def next_pow2(k):
+    """The smallest power of two that is not below k >= 1."""
+    return 1 << (k - 1).bit_length()
+
+
+def require_pow2(n):
+    if n < 1 or n & (n - 1):
+        raise ValueError(f'the Walsh-Hadamard transform needs a size that is a power of two, got {n}; '
+                         'pad_to_pow2 makes one')
+    return n
+
+
+@functools.cache
+def signs(n, dtype, device):
+    """The +-1 matrix sqrt(n) H: (n, n)."""
+    with torch.inference_mode(False):  # one cached matrix serves training and inference
+        H = torch.ones(1, 1, dtype=dtype, device=device)
+        while len(H) < n:
+            H = torch.cat((torch.cat((H, H), 1), torch.cat((H, -H), 1)), 0)
+        return H

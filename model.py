@@ -1,0 +1,330 @@
+"""
+BitSkip: a decoder-only transformer with ternary weights whose every block can be the last.
+
+         idx (B, T)
+          |  embedding
+          v
+    +-> h_l (B, T, C) -- block l: h += o(SubLN(attention(q, k, v of norm(h))))   q, k, v, o, up, down are BitLinear or
+    |     |                       h += down(SubLN(relu(up(norm(h)))^2))          HBitLinear (quant.py); all else is fp
+    +-----+  l = 0 ... L-1
+          |  final norm, one head shared by all exits (exits.py)
+          v
+        logits (B, T, V)
+
+The two papers' architectures are settings of one class: Paper A (86M) has LayerNorm, SubLN and a squared-ReLU FFN,
+Paper B (1.06B) RMSNorm and SwiGLU. Norms and linears have no biases, which gives Paper A's parameter count exactly.
+Decoding, with its key-value cache, is in decode.py.
+"""
+from dataclasses import asdict, dataclass, fields
+from typing import Literal
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import decode
+from exits import (Gate, exit_weights, expected_exit_layer, linear_cross_entropy, sample_exits, skip_probabilities)
+from quant import make_linear, project, quantization_loss
+
+
+@dataclass
+class BitSkipConfig:
+    """The model. Defaults: Paper A's baseline, that is BitLinear without early exit."""
+    vocab_size: int = 50257  # V; train.py takes it from the data set
+    block_size: int = 512  # T, the longest context, in tokens
+    n_layer: int = 12  # L
+    n_head: int = 8  # query heads
+    n_kv_head: int = 4  # key and value heads, each shared by n_head / n_kv_head query heads (GQA)
+    n_embd: int = 512  # C, the width
+    ffn_dim: int = 2048  # inner width of the FFN
+    ffn: Literal['relu2', 'swiglu'] = 'relu2'  # squared ReLU (Paper A) or SwiGLU (Paper B)
+    norm: Literal['layernorm', 'rmsnorm'] = 'layernorm'  # layernorm (Paper A) or rmsnorm (Paper B)
+    sub_norm: bool = True  # SubLN: one more norm, before the projections o and down (Paper A)
+    linear: Literal['fp', 'bitlinear', 'hbitlinear'] = 'bitlinear'  # full precision, ternary, ternary + Hadamard
+    act_bits: int = 8  # bits of an activation: 8, or 4 (Paper B's V2)
+    linear_norm: Literal['none', 'layernorm', 'rmsnorm'] = 'none'  # one more norm inside every ternary linear
+    hadamard_layers: Literal['all', 'o,down'] = 'all'  # where hbitlinear transforms: everywhere, or as BitNet v2
+    rope_theta: float = 10000.0  # base of the rotary frequencies
+    dropout: float = 0.0  # on attention weights and residual branches
+    lambda_ee: float = 0.0  # weight of the early-exit loss (A7); 0.3 where exits are trained
+    ee_weighting: Literal['early', 'late'] = 'early'  # early exits count more (A4) or late ones (B6)
+    exit_norm: Literal['final', 'none'] = 'final'  # exits read norm(h_l) with the final norm, or raw h_l
+    p_max: float = 0.0  # layer skipping: the largest probability (A5); 0.7 in Paper A, 0.5 in Paper B
+    skip_schedule: Literal['quadratic', 'linear', 'exp', 'uniform'] = 'quadratic'  # growth over depth (A5)
+    skip_normalize: bool = False  # scale the probabilities to sum 1 (Paper B, section 3.3)
+    lambda_q: float = 0.05  # weight of the quantization loss (A8)
+    lambda_r: float = 0.2  # weight of the routing loss (A9)
+    target_exit: int = 6  # l*, the mean exit layer that the gates are trained for (A9)
+    gate_dim: int = 32  # inner width of the gates (A6); 0: no gates
+
+    def __post_init__(self):
+        def require(ok, message):
+            if not ok:
+                raise ValueError(message)
+        for name in ('vocab_size', 'block_size', 'n_layer', 'n_head', 'n_kv_head', 'n_embd', 'ffn_dim'):
+            require(getattr(self, name) >= 1, f'{name} is at least 1, got {getattr(self, name)}')
+        require(self.n_embd % (2 * self.n_head) == 0,
+                f'n_embd={self.n_embd} must be n_head={self.n_head} times an even head size')
+        require(self.n_head % self.n_kv_head == 0,
+                f'n_head={self.n_head} must be a multiple of n_kv_head={self.n_kv_head}')
+        require(self.act_bits in (4, 8), f'act_bits is 4 or 8, got {self.act_bits}')
+        require(0 <= self.p_max <= 1, f'p_max is a probability, got {self.p_max}')
+        require(0 <= self.dropout < 1, f'dropout is a probability below 1, got {self.dropout}')
+        require(self.gate_dim >= 0, f'gate_dim is at least 0, got {self.gate_dim}')
+        for name in ('lambda_ee', 'lambda_q', 'lambda_r'):
+            require(getattr(self, name) >= 0, f'{name} is at least 0, got {getattr(self, name)}')
+
+    @classmethod
+    def of(cls, settings):
+        """The model's part of a larger dict of settings."""
+        return cls(**{field.name: settings[field.name] for field in fields(cls) if field.name in settings})
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# parts
+
+def make_norm(config, size):
+    kind = {'layernorm': nn.LayerNorm, 'rmsnorm': nn.RMSNorm}[config.norm]
+    return kind(size, eps=1e-5, **({'bias': False} if kind is nn.LayerNorm else {}))
+
+
+def linear(config, in_features, out_features, name):
+    """The projection `name` of a block, of the kind that the config asks for."""
+    kind = config.linear
+    if kind == 'hbitlinear' and config.hadamard_layers == 'o,down' and name not in ('o', 'down'):
+        kind = 'bitlinear'
+    return make_linear(kind, in_features, out_features, config.act_bits, config.linear_norm)
+
+
+def rope_table(head_dim, length, theta):
+    """Rotation angles of RoPE: cos and sin, each (length, head_dim / 2)."""
+    frequencies = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+    angles = torch.outer(torch.arange(length, dtype=torch.float32), frequencies)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x, rope):
+    """RoPE: turn the pair (x_i, x_{i + D/2}) of a token at position t by the angle t * frequency_i. x (B, H, T, D)."""
+    cos, sin = rope
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1).type_as(x)
+
+
+class Attention(nn.Module):
+    """Causal grouped-query attention with rotary positions: (B, T, C) -> (B, T, C)."""
+
+    def __init__(self, config):
+        super().__init__()
+        C, self.n_head, self.n_kv_head = config.n_embd, config.n_head, config.n_kv_head
+        self.head_dim = C // self.n_head
+        self.dropout = config.dropout
+        self.q = linear(config, C, C, 'q')
+        self.k = linear(config, C, self.n_kv_head * self.head_dim, 'k')
+        self.v = linear(config, C, self.n_kv_head * self.head_dim, 'v')
+        self.sub_norm = make_norm(config, C) if config.sub_norm else nn.Identity()
+        self.o = linear(config, C, C, 'o')
+
+    def heads(self, x):
+        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, T, H D) -> (B, H, T, D)
+
+    def forward(self, x, rope, past=None):
+        q, k, v = map(self.heads, project(x, (self.q, self.k, self.v)))
+        q, k = rotate(q, rope), rotate(k, rope)
+        T, mask = x.shape[1], None
+        if past is not None:
+            k, v = past.append(k, v)  # (B, n_kv_head, S, D): all keys and values so far, S >= T
+            if 1 < T < k.shape[2]:  # new token i sees all old ones and the new ones up to itself
+                mask = torch.ones(T, k.shape[2], dtype=torch.bool, device=x.device).tril(k.shape[2] - T)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=k.shape[2] == T > 1, enable_gqa=True,
+                                           dropout_p=self.dropout if self.training else 0.0)
+        y = y.transpose(1, 2).flatten(2)  # (B, H, T, D) -> (B, T, C)
+        return self.o(self.sub_norm(y))
+
+    def remember(self, x, rope, past):
+        """Leave x's keys and values in the cache and compute nothing else (a token that has already exited)."""
+        k, v = map(self.heads, project(x, (self.k, self.v)))
+        past.append(rotate(k, rope), v)
+
+
+class FFN(nn.Module):
+    """down(SubLN(relu(up(x))^2)) or, as SwiGLU, down(SubLN(silu(gate(x)) * up(x))): (B, T, C) -> (B, T, C)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.gate = linear(config, config.n_embd, config.ffn_dim, 'gate') if config.ffn == 'swiglu' else None
+        self.up = linear(config, config.n_embd, config.ffn_dim, 'up')
+        self.sub_norm = make_norm(config, config.ffn_dim) if config.sub_norm else nn.Identity()
+        self.down = linear(config, config.ffn_dim, config.n_embd, 'down')
+
+    def forward(self, x):
+        if self.gate is None:
+            y = F.relu(self.up(x)).square()  # the squared ReLU of A3
+        else:
+            gate, up = project(x, (self.gate, self.up))
+            y = F.silu(gate) * up
+        return self.down(self.sub_norm(y))
+
+
+class Block(nn.Module):
+    """One layer: (B, T, C) -> (B, T, C). `past` is this layer's part of a key-value cache (decode.py)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.attn_norm, self.attn = make_norm(config, config.n_embd), Attention(config)
+        self.ffn_norm, self.ffn = make_norm(config, config.n_embd), FFN(config)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, h, rope, past=None):
+        h = h + self.dropout(self.attn(self.attn_norm(h), rope, past))
+        return h + self.dropout(self.ffn(self.ffn_norm(h)))
+
+    def remember(self, h, rope, past):
+        self.attn.remember(self.attn_norm(h), rope, past)
+
+    def linears(self):
+        """The quantizable projections of this block, whatever kind they are."""
+        layers = (self.attn.q, self.attn.k, self.attn.v, self.attn.o, self.ffn.gate, self.ffn.up, self.ffn.down)
+        return [layer for layer in layers if layer is not None]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the model
+
+class BitSkip(nn.Module):
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.n_embd)
+        self.dropout = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.norm = make_norm(config, config.n_embd)
+        self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        # every layer but the last may be left, so every layer but the last has a gate
+        n_gates = config.n_layer - 1 if config.gate_dim else 0
+        self.gates = nn.ModuleList(Gate(config.n_embd, config.gate_dim) for _ in range(n_gates))
+        self.skip_probabilities = skip_probabilities(
+            config.n_layer, config.p_max, config.skip_schedule, config.skip_normalize)
+        cos, sin = rope_table(config.n_embd // config.n_head, config.block_size, config.rope_theta)
+        self.register_buffer('rope_cos', cos, persistent=False)
+        self.register_buffer('rope_sin', sin, persistent=False)
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self):
+        """Normal(0, 0.02) everywhere, but the projections that write to the residual stream are scaled down by the
+        square root of their number (GPT-2), so that the stream keeps its scale at any depth. Norms start at one."""
+        for name, parameter in self.named_parameters():
+            if parameter.dim() == 2:
+                into_residual = name.endswith(('attn.o.weight', 'ffn.down.weight'))
+                parameter.normal_(std=0.02 * ((2 * self.config.n_layer) ** -0.5 if into_residual else 1))
+
+    def forward(self, idx, targets=None, exit_layer=None, cache=None, return_logits=True):
+        """Next-token logits at an exit and, given targets, the losses of A7.
+
+        idx (B, T) int64; targets (B, T) int64, already shifted: targets[:, t] is the token after idx[:, t].
+        exit_layer: run blocks 0 ... exit_layer only (default: all L). cache: a decode.KVCache to continue.
+        Returns logits (B, T, V), and None or a dict of scalars: total, ce, ee, quant, route. With an exit_layer the
+        losses are that exit's ce alone. `return_logits=False` returns None for them, which saves their memory.
+        ValueError if exit_layer is not a layer, or the tokens do not fit into block_size."""
+        last = self.require_layer(exit_layer)
+        states = []
+        for h in self.hidden_states(idx, last, cache):
+            states = [h] if targets is None else states + [h]  # only the losses need them all
+        h = self.exit_state(states.pop(), last)
+        losses = None
+        if targets is not None:
+            losses = self.losses(h, states if exit_layer is None else [], targets)
+        return self.head(h) if return_logits else None, losses
+
+    def hidden_states(self, idx, last=None, cache=None):
+        """Yield h_0 ... h_last, each (B, T, C): the states after each block, before any final norm."""
+        last = self.require_layer(last)
+        start = cache.length if cache is not None else 0
+        T = idx.shape[1]
+        if start + T > self.config.block_size:
+            raise ValueError(f'{start + T} tokens do not fit into block_size={self.config.block_size}')
+        rope = self.rope(start, T)
+        h = self.dropout(self.embedding(idx))
+        for layer in range(last + 1):
+            past = cache.layer(layer) if cache is not None else None
+            h = self.run_block(layer, h, rope, past)
+            yield h
+        if cache is not None:
+            cache.advance(T, depth=last + 1)
+
+    def run_block(self, layer, h, rope, past=None):
+        """h_{l-1} -> h_l. In training each sample skips the block with probability p_l: it passes through unchanged
+        (A5, B1), and costs nothing, because the block runs on the other samples alone."""
+        block, p = self.blocks[layer], self.skip_probabilities[layer]
+        if not self.training or p == 0:
+            return block(h, rope, past)
+        keep = (torch.rand(len(h)) >= p).nonzero().squeeze(1).to(h.device)  # the samples that do not skip
+        if len(keep) == 0:
+            return h
+        if len(keep) == len(h):
+            return block(h, rope)
+        return h.index_copy(0, keep, block(h[keep], rope).to(h.dtype))
+
+    def rope(self, start, length):
+        return self.rope_cos[start:start + length], self.rope_sin[start:start + length]
+
+    def exit_state(self, h, layer):
+        """What the head reads at this exit: the state under the final norm, or as it is (exit_norm='none')."""
+        is_exit = layer < self.config.n_layer - 1
+        return h if is_exit and self.config.exit_norm == 'none' else self.norm(h)
+
+    def losses(self, h, earlier, targets):
+        """A7: L = CE + lambda_ee L_ee + lambda_q L_quant + lambda_r L_route, as a dict of scalars.
+
+        h (B, T, C): the normed state of the exit in use; earlier: the states h_l before it, for A4 and A9."""
+        config, W = self.config, self.head.weight
+        zero = torch.zeros((), device=h.device)
+        losses = {'ce': linear_cross_entropy(h.flatten(0, 1), W, targets.flatten()),
+                  'ee': zero, 'quant': zero, 'route': zero}
+        if earlier and config.lambda_ee:  # A4: all exits as one batch of rows
+            rows = torch.cat([self.exit_state(state, 0).flatten(0, 1) for state in earlier])  # ((L-1) B T, C)
+            n = targets.numel()
+            weights = exit_weights(config.n_layer, config.ee_weighting).to(h.device).repeat_interleave(n) / n
+            losses['ee'] = linear_cross_entropy(rows, W, targets.flatten().repeat(len(earlier)), weights)
+        if earlier and config.lambda_q:  # A8
+            losses['quant'] = quantization_loss(self)
+        if earlier and config.lambda_r and self.gates:  # A9; "on average": the mean over tokens comes before the square
+            p = self.gate_probabilities(earlier)
+            E = expected_exit_layer(sample_exits(p) if self.training else p).mean()
+            losses['route'] = (E - config.target_exit).square()
+        total = (losses['ce'] + config.lambda_ee * losses['ee'] + config.lambda_q * losses['quant']
+                 + config.lambda_r * losses['route'])
+        return {'total': total, **losses}
+
+    def gate_probabilities(self, states):
+        """A6 at every exit: list of (B, T, C) -> (B, T, L-1)."""
+        return torch.stack([gate(h) for gate, h in zip(self.gates, states)], dim=-1)
+
+    def require_layer(self, layer):
+        """`layer`, or the last one for None. ValueError if the model has no such layer."""
+        L = self.config.n_layer
+        if layer is None:
+            return L - 1
+        if not 0 <= layer < L:
+            raise ValueError(f'exit_layer={layer} is outside the model: its {L} layers are 0 to {L - 1}')
+        return layer
+
+    def linears(self):
+        """All quantizable projections, of whatever kind, in order."""
+        return [layer for block in self.blocks for layer in block.linears()]
+
+    def quantizable_parameters(self):
+        """How many weights the blocks' projections hold: those that a ternary model stores in 1.58 bits."""
+        return sum(layer.weight.numel() for layer in self.linears())
+
+    def settings(self):
+        return asdict(self.config)
+
+    @torch.no_grad()
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, exit_layer=None, exit_mode=None,
+                 exit_threshold=0.5, generator=None):
+        """Continue idx (B, T) int64 by max_new_tokens tokens: (B, T + max_new_tokens) int64. See decode.stream."""
+        steps = decode.stream(self, idx, max_new_tokens, temperature, top_k, exit_layer, exit_mode, exit_threshold,
+                              generator)
+        return torch.cat([idx] + [token for token, _ in steps], dim=1)

@@ -1,0 +1,73 @@
+"""
+The machine under a run: device, precision, memory, and the processes of a torchrun launch.
+"""
+import contextlib
+import ctypes
+import os
+import sys
+
+import torch
+import torch.distributed as dist
+
+from configurator import UserError
+
+
+def pick_device(name):
+    """torch.device of 'auto' (CUDA, then Apple's MPS, then CPU) or of a name such as 'cuda:1'. UserError if absent."""
+    if name == 'auto':
+        name = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise UserError(f"device '{name}' is not available here; --device=auto picks one that is") from None
+    return device
+
+
+def autocast(device, dtype):
+    """Matrix products in bfloat16 where asked; weights and everything delicate stay in float32."""
+    if dtype == 'float32':
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype=getattr(torch, dtype))
+
+
+def keep_freed_memory():
+    """Tell glibc not to hand large freed blocks back to the system. Each training step asks for the same tensors
+    again, and fresh pages cost more than the arithmetic done on them: elementwise operations get 2 to 8 times faster.
+    Elsewhere than on Linux with glibc this does nothing."""
+    if sys.platform == 'linux':
+        with contextlib.suppress(OSError, AttributeError):
+            libc, M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = ctypes.CDLL('libc.so.6'), -1, -3
+            libc.mallopt(M_MMAP_THRESHOLD, 2 ** 31 - 1)
+            libc.mallopt(M_TRIM_THRESHOLD, 2 ** 31 - 1)
+
+
+class Processes:
+    """The processes that train together: one, or those that torchrun started (gloo on CPU, nccl on CUDA)."""
+
+    def __init__(self, device):
+        self.rank, self.world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
+        self.device = device
+        if self.world > 1:
+            if device.type == 'cuda':
+                self.device = torch.device('cuda', int(os.environ['LOCAL_RANK']))
+                torch.cuda.set_device(self.device)
+            dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo')
+
+    @property
+    def is_main(self):
+        return self.rank == 0
+
+    def sum(self, tensor):
+        """The sum over all processes, in place, the same on each."""
+        if self.world > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def barrier(self):
+        if self.world > 1:
+            dist.barrier()
+
+    def close(self):
+        if self.world > 1:
+            dist.destroy_process_group()

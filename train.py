@@ -1,0 +1,402 @@
+"""
+Train a BitSkip model.
+
+    python train.py config/bitskip_h_ee.py config/cpu.py            H + EE at a scale for two CPU cores, ten minutes
+    python train.py config/bitskip_h_ee.py                          Paper A's scale: needs a GPU
+    python train.py config/... --init_from=resume                   go on where a run was stopped
+    torchrun --nproc_per_node=4 train.py config/bitskip_h_ee.py     four GPUs (or, with gloo, four CPU processes)
+
+Step k of a run is a pure function of (settings, weights and optimizer state after k-1 steps, k): every micro-batch
+seeds the random numbers of its data, layer skipping, gates and dropout from (seed, step, micro-batch). So a resumed run
+needs no generator states to be bit-exact, and n processes with m micro-batches each take the same step as one process
+with n*m.
+"""
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+import checkpoint
+from configurator import UserError, configure, run
+from eval_exits import bits_per_byte, evaluate, perplexity
+from model import BitSkip, BitSkipConfig
+from prepare import load_meta, load_tokens, prepare
+from quant import int8_support
+from runtime import Processes, autocast, keep_freed_memory, pick_device
+
+
+@dataclass
+class TrainSettings(BitSkipConfig):
+    """The run. Defaults: Paper A's set-up (section 4)."""
+    dataset: str = 'wikitext2'  # pydocs, wikitext2, tinystories, or a path to text (see prepare.py)
+    tokenizer: str = ''  # 'gpt2' or 'bytes'; empty: the data set's own
+    source: str = ''  # folder with a local copy of a published data set
+    data_dir: str = 'data'  # where prepared data lie
+    out_dir: str = ''  # where the run is kept; empty: out/ and the names of the config files
+    init_from: Literal['scratch', 'resume'] = 'scratch'  # resume: go on from out_dir/last.pt
+    batch_size: int = 32  # sequences in a micro-batch
+    gradient_accumulation_steps: int = 4  # micro-batches in a step, over all processes
+    max_iters: int = 10000  # steps at most
+    eval_interval: int = 100  # steps between evaluations, which also save
+    log_interval: int = 10  # steps between lines in log.jsonl
+    patience: int = 3  # stop after so many evaluations without improvement; 0: never
+    learning_rate: float = 6e-4  # the peak
+    min_lr: float = 0.0  # at the end
+    warmup_iters: int = 100  # steps of linear warm-up
+    schedule: Literal['wsd', 'linear', 'cosine'] = 'wsd'  # after warm-up: stable then decay, or straight, or cosine
+    decay_frac: float = 0.2  # share of all steps that wsd decays over
+    weight_decay: float = 0.1  # on matrices only
+    beta1: float = 0.9  # AdamW
+    beta2: float = 0.95  # AdamW
+    grad_clip: float = 1.0  # largest norm of the gradient; 0: any
+    device: str = 'auto'  # auto, cpu, cuda, cuda:1, mps
+    dtype: Literal['float32', 'bfloat16'] = 'float32'  # of matrix products (autocast); weights are float32
+    compile: bool = False  # torch.compile each block
+    seed: int = 7  # of everything random
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ('batch_size', 'gradient_accumulation_steps', 'max_iters', 'eval_interval', 'log_interval'):
+            if getattr(self, name) < 1:
+                raise ValueError(f'{name} is at least 1, got {getattr(self, name)}')
+        for name in ('patience', 'learning_rate', 'min_lr', 'warmup_iters', 'decay_frac', 'weight_decay', 'grad_clip',
+                     'seed'):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f'{name} is at least 0, got {getattr(self, name)}')
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# pure functions of the step
+
+def get_lr(step, s):
+    """The learning rate of step 0, 1, ... max_iters-1."""
+    # 1) linear warm-up to the peak
+    if step < s.warmup_iters:
+        return s.learning_rate * (step + 1) / (s.warmup_iters + 1)
+    # 2) how much of the decay is still ahead: 1 at its start, 0 at the end
+    decay_iters = s.max_iters * s.decay_frac if s.schedule == 'wsd' else s.max_iters - s.warmup_iters
+    ahead = min(1.0, (s.max_iters - step) / max(1, decay_iters))
+    # 3) from peak to min_lr, straight or along a cosine
+    if s.schedule == 'cosine':
+        ahead = 0.5 - 0.5 * math.cos(math.pi * ahead)
+    return s.min_lr + (s.learning_rate - s.min_lr) * ahead
+
+
+def seed_microbatch(seed, step, micro):
+    """Everything random in one micro-batch follows from this."""
+    torch.manual_seed(int(np.random.SeedSequence([seed, step, micro]).generate_state(1)[0]))
+
+
+def get_batch(tokens, batch_size, block_size, device):
+    """Random windows of the training text: idx and targets, each (B, T) int64, targets one token ahead."""
+    starts = torch.randint(len(tokens) - block_size, (batch_size,)).tolist()
+    windows = torch.stack([torch.from_numpy(tokens[i:i + block_size + 1].astype(np.int64)) for i in starts])
+    windows = windows.to(device, non_blocking=True)
+    return windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the run
+
+def make_optimizer(model, s):
+    """AdamW; weight decay on matrices (embedding and head among them), not on norms."""
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    vectors = [p for p in model.parameters() if p.dim() < 2]
+    groups = [{'params': matrices, 'weight_decay': s.weight_decay}, {'params': vectors, 'weight_decay': 0.0}]
+    return torch.optim.AdamW(groups, lr=s.learning_rate, betas=(s.beta1, s.beta2), fused=True)
+
+
+class Interrupts:
+    """Ctrl-C and SIGTERM raise KeyboardInterrupt, except inside `with interrupts.held`: then as soon as that ends."""
+
+    def __init__(self):
+        self.holding, self.pending = False, False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.handle)
+
+    def handle(self, *_):
+        if self.holding:
+            self.pending = True
+        else:
+            raise KeyboardInterrupt
+
+    def __enter__(self):
+        self.holding = True
+
+    def __exit__(self, *_):
+        self.holding = False
+        if self.pending:
+            self.pending = False
+            raise KeyboardInterrupt
+
+
+class Run:
+    """A training run: model, optimizer, data and progress, and the folder that keeps them."""
+
+    def __init__(self, s):
+        self.device = pick_device(s.device)
+        self.processes = Processes(self.device)
+        self.device, self.rank, self.world = self.processes.device, self.processes.rank, self.processes.world
+        if s.gradient_accumulation_steps % self.world:
+            raise UserError(f'gradient_accumulation_steps={s.gradient_accumulation_steps} counts the micro-batches of '
+                            f'all processes, so it must be a multiple of their number, {self.world}')
+        if self.processes.is_main:
+            prepare(s.dataset, s.tokenizer, s.source, s.data_dir)  # does nothing if it is there already
+        self.processes.barrier()
+        folder = prepare(s.dataset, s.tokenizer, s.source, s.data_dir)
+        self.meta = load_meta(folder)
+        self.train_tokens, self.val_tokens = load_tokens(folder, 'train'), load_tokens(folder, 'val')
+        if len(self.train_tokens) <= s.block_size:
+            raise UserError(f'the training text has {len(self.train_tokens)} tokens, too few for one window of '
+                            f'block_size={s.block_size}; take more text or a smaller --block_size')
+        s.vocab_size = self.meta['vocab_size']
+        self.s = s
+        torch.manual_seed(s.seed)
+        self.model = BitSkip(BitSkipConfig.of(asdict(s))).to(self.device)
+        self.optimizer = make_optimizer(self.model, s)
+        # progress: steps done, the step of the newest evaluation, the best loss, evaluations since then, seconds
+        self.progress = {'iter': 0, 'last_eval': 0, 'val_loss': math.inf, 'bad_evals': 0, 'seconds': 0.0}
+        self.log_path = os.path.join(s.out_dir, 'log.jsonl')
+
+    # -- the folder
+
+    def path(self, name):
+        return os.path.join(self.s.out_dir, name)
+
+    def start(self):
+        """A new run. One that is in the folder already is moved aside, never overwritten."""
+        out = Path(self.s.out_dir)
+        if (out / 'ckpt.pt').exists() or (out / 'last.pt').exists():
+            aside = next(p for n in range(1, 10 ** 6) if not (p := out.with_name(f'{out.name}.{n}')).exists())
+            shutil.move(out, aside)
+            print(f'{out} held an earlier run, which is now in {aside}')
+        out.mkdir(parents=True, exist_ok=True)
+        with checkpoint.atomic_write(self.log_path, 'w') as file:
+            file.write(json.dumps({'settings': asdict(self.s), 'meta': self.meta}) + '\n')
+
+    def resume(self, saved):
+        """Take over a state that `save` wrote, to go on from it bit-exactly."""
+        if saved['meta'].get('sha256') != self.meta.get('sha256'):
+            raise UserError(f'the data have changed since {self.path("last.pt")} was written, so the run cannot be '
+                            'continued; start a new one, without --init_from=resume')
+        try:
+            self.model.load_state_dict(saved['model'])
+            self.optimizer.load_state_dict(saved['optimizer'])
+        except (RuntimeError, ValueError, KeyError) as error:
+            raise UserError(f'{self.path("last.pt")} does not fit these settings '
+                            f'({" ".join(str(error).split())[:120]})') from None
+        self.progress = saved['progress']
+        if self.processes.is_main:  # forget what was logged after this state: it will be logged again
+            lines = Path(self.log_path).read_text().splitlines() if os.path.exists(self.log_path) else []
+            kept = [line for line in lines if is_logged_by(line, self.progress)]
+            with checkpoint.atomic_write(self.log_path, 'w') as file:
+                file.writelines(line + '\n' for line in kept)
+
+    def save(self, name, with_optimizer):
+        if self.processes.is_main:
+            state = {'model': self.model.state_dict(), 'settings': asdict(self.s), 'meta': self.meta,
+                     'progress': dict(self.progress)}
+            checkpoint.save(self.path(name), state | ({'optimizer': self.optimizer.state_dict()} if with_optimizer else {}))
+
+    def log(self, **metrics):
+        if self.processes.is_main:
+            with open(self.log_path, 'a') as file:
+                file.write(json.dumps(metrics) + '\n')
+
+    # -- training
+
+    def train(self):
+        """Steps and evaluations until max_iters, or until patience is at its end. Ctrl-C saves and returns."""
+        s, progress = self.s, self.progress
+        interrupts = Interrupts()
+        self.module = self.model
+        if s.compile:
+            for block in self.model.blocks:
+                block.compile()
+        if self.world > 1:  # a block that all samples of a process skip has no gradient there: unused, and no hang
+            self.module = DistributedDataParallel(self.model, find_unused_parameters=True)
+        bar = tqdm(total=s.max_iters, initial=progress['iter'], disable=None if self.processes.is_main else True,
+                   bar_format='{n}/{total} |{bar:12}| {postfix} ETA {remaining}', dynamic_ncols=True)
+        clock = time.perf_counter() - progress['seconds']
+        try:
+            while True:
+                done = progress['iter']
+                is_last = done == s.max_iters
+                if done > progress['last_eval'] and (is_last or done % s.eval_interval == 0):
+                    progress['seconds'] = time.perf_counter() - clock
+                    self.evaluate_and_save(bar)
+                if is_last or (s.patience and progress['bad_evals'] >= s.patience):
+                    break
+                started = time.perf_counter()
+                losses = self.forward_backward(done)
+                grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), s.grad_clip or math.inf).item()
+                self.require_finite(done, losses['total'], grad_norm)
+                lr = get_lr(done, s)
+                with interrupts:  # a step is taken and counted, or neither
+                    for group in self.optimizer.param_groups:
+                        group['lr'] = lr
+                    self.optimizer.step()
+                    progress['iter'] += 1
+                tokens_per_s = (s.gradient_accumulation_steps * s.batch_size * s.block_size
+                                / (time.perf_counter() - started))
+                bar.set_postfix_str(f'loss {losses["ce"]:.3f} PPL {perplexity(losses["ce"]):.4g} '
+                                    f'{tokens_per_s / 1000:.1f}k tok/s', refresh=False)
+                bar.update()
+                if progress['iter'] % s.log_interval == 0:
+                    self.log(iter=progress['iter'], **losses, lr=lr, grad_norm=grad_norm, tok_per_s=tokens_per_s,
+                             seconds=time.perf_counter() - clock)
+        except KeyboardInterrupt:
+            bar.close()
+            progress['seconds'] = time.perf_counter() - clock
+            self.save('last.pt', with_optimizer=True)
+            self.say(f'\nstopped after {progress["iter"]} steps, nothing lost; the same command with '
+                     '--init_from=resume goes on')
+            return False
+        bar.close()
+        return True
+
+    def forward_backward(self, step):
+        """The gradient of one step into .grad; the losses, averaged over its micro-batches: dict of floats."""
+        s = self.s
+        self.model.train()
+        self.optimizer.zero_grad(set_to_none=True)
+        micros = range(self.rank, s.gradient_accumulation_steps, self.world)  # this process's share
+        total = 0
+        for micro in micros:
+            seed_microbatch(s.seed, step, micro)
+            idx, targets = get_batch(self.train_tokens, s.batch_size, s.block_size, self.device)
+            synchronize = self.world == 1 or micro == micros[-1]  # exchange gradients once a step
+            with nullcontext() if synchronize else self.module.no_sync():
+                with autocast(self.device, s.dtype):
+                    _, losses = self.module(idx, targets, return_logits=False)
+                (losses['total'] / len(micros)).backward()
+            total = total + torch.stack([loss.detach() for loss in losses.values()])
+        total = self.processes.sum(total) / s.gradient_accumulation_steps
+        return dict(zip(losses, total.tolist()))
+
+    def require_finite(self, step, loss, grad_norm):
+        if math.isfinite(loss) and math.isfinite(grad_norm):
+            return
+        saved = self.path('last.pt')
+        keep = f'the last good state, {saved}, is unharmed' if os.path.exists(saved) else 'nothing was saved yet'
+        raise UserError(f'step {step}: the loss is {loss}, its gradient {grad_norm}: training has diverged; {keep}; try '
+                        f'a lower --learning_rate than {self.s.learning_rate:g}, a longer --warmup_iters or a '
+                        'smaller --grad_clip')
+
+    def evaluate_and_save(self, bar):
+        """Loss over the whole validation split, with ternary weights; then save what resuming needs."""
+        progress = self.progress
+        with autocast(self.device, self.s.dtype):
+            loss = evaluate(self.model, self.val_tokens, batch_size=self.s.batch_size, processes=self.processes)[-1]
+        progress['last_eval'] = progress['iter']
+        if loss < progress['val_loss']:
+            progress['val_loss'], progress['bad_evals'] = loss, 0
+            self.save('ckpt.pt', with_optimizer=False)
+        else:
+            progress['bad_evals'] += 1
+        self.save('last.pt', with_optimizer=True)
+        self.log(iter=progress['iter'], val_loss=loss, val_ppl=perplexity(loss), best=progress['val_loss'])
+        if self.processes.is_main:
+            bar.write(f'step {progress["iter"]}: {describe(loss, self.meta)}'
+                      + (f', no better than {progress["val_loss"]:.4f}' if progress['bad_evals'] else ''))
+
+    def say(self, text):
+        if self.processes.is_main:
+            print(text)
+
+
+def is_logged_by(line, progress):
+    """Whether this line of log.jsonl belongs to a run at this point of its progress."""
+    try:
+        entry = json.loads(line)
+    except ValueError:  # half a line: the process was killed while writing it
+        return False
+    limit = progress['last_eval'] if 'val_loss' in entry else progress['iter']
+    return entry.get('iter', 0) <= limit
+
+
+def describe(loss, meta):
+    return (f'val loss {loss:.4f}, PPL {perplexity(loss):.4g}, {bits_per_byte(loss, meta):.3f} bits per byte '
+            f'({meta["tokenizer"]}, ternary weights)')
+
+
+def estimate_hours(s):
+    """How long the whole run may take on this CPU, from its matrix products and a quick measurement of their speed."""
+    with torch.device('meta'):
+        model = BitSkip(BitSkipConfig.of(asdict(s)))
+    heads = s.n_layer if s.lambda_ee else 1
+    per_token = 6 * (model.quantizable_parameters() + heads * s.n_embd * s.vocab_size)  # forward 2, backward 4
+    tokens = s.max_iters * s.gradient_accumulation_steps * s.batch_size * s.block_size
+    a = torch.ones(1024, 1024)
+    a @ a
+    started = time.perf_counter()
+    for _ in range(3):
+        a @ a
+    flops_per_s = 3 * 2 * 1024 ** 3 / (time.perf_counter() - started)
+    return per_token * tokens / flops_per_s / 3600
+
+
+def read_settings(argv):
+    """(settings, None) of this command line, or (settings, saved state) where it resumes: then the run's own settings
+    hold, the config files only name its folder, and flags come on top (--max_iters to train on, say)."""
+    names = [Path(arg).stem for arg in argv if arg.endswith('.py') and not arg.startswith('--')]
+    default_out = os.path.join('out', '-'.join(names) or 'bitskip')
+    s = checked_settings(argv)
+    s.out_dir = s.out_dir or default_out
+    if s.init_from != 'resume':
+        return s, None
+    saved = checkpoint.load(os.path.join(s.out_dir, 'last.pt'))
+    known = {field.name for field in fields(TrainSettings)}
+    base = {key: value for key, value in saved['settings'].items() if key in known}
+    flags = [arg for arg in argv if not arg.endswith('.py')]
+    return checked_settings(flags, base | {'out_dir': s.out_dir}), saved
+
+
+def checked_settings(argv, base=None):
+    try:
+        return configure(TrainSettings, argv, base)
+    except ValueError as error:  # a value of the right type that no model can have
+        raise UserError(str(error)) from None
+
+
+def main(argv):
+    s, saved = read_settings(argv)
+    keep_freed_memory()
+    if pick_device(s.device).type == 'cpu' and (hours := estimate_hours(s)) > 1 and 'RANK' not in os.environ:
+        print(f'on this CPU the whole run takes about {hours:,.0f} hours; config/cpu.py shrinks any recipe to minutes:\n'
+              f'  python train.py {" ".join(argv)} config/cpu.py')
+    training = Run(s)
+    if saved:
+        training.resume(saved)
+    elif training.processes.is_main:
+        training.start()
+    training.processes.barrier()
+    fast, how = int8_support(training.device.type)
+    n = sum(p.numel() for p in training.model.parameters())
+    training.say(f'{s.out_dir}: {s.linear}, {n / 1e6:.1f}M parameters ({training.model.quantizable_parameters() / 1e6:.1f}M '
+                 f'quantizable), {s.n_layer} layers, on {training.device}, {s.dtype}; '
+                 + (how if fast else f'fake quantization in floats, since {how}'))
+    finished = training.train()
+    progress = training.progress
+    if finished and math.isfinite(progress['val_loss']):
+        training.say(f'best: {describe(progress["val_loss"], training.meta)}\n'
+                     f'after {progress["iter"]} steps and {progress["seconds"] / 60:.1f} minutes; model in '
+                     f'{training.path("ckpt.pt")}\nnext:\n'
+                     f'  python sample.py --exit_layer {max(0, s.n_layer - 2)}\n  python eval_exits.py')
+    training.processes.close()
+
+
+if __name__ == '__main__':
+    run(main)
