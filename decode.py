@@ -64,7 +64,6 @@ def sample(logits, temperature=1.0, top_k=None, generator=None):
     return torch.multinomial(F.softmax(logits, dim=-1), 1, generator=generator)
 
 
-@torch.no_grad()
 def stream(model, idx, max_new_tokens, temperature=1.0, top_k=None, exit_layer=None, exit_mode=None,
            exit_threshold=0.5, generator=None):
     """Continue idx (B, T) int64; yield, for each new token, itself (B, 1) and the layer that it left at (B,), int64.
@@ -72,7 +71,7 @@ def stream(model, idx, max_new_tokens, temperature=1.0, top_k=None, exit_layer=N
     exit_layer: run blocks 0 ... exit_layer at most. exit_mode None, 'gate' or 'confidence': leave before that, token by
     token (the prompt itself runs in one pass, in full). Only the last block_size tokens are seen; when the cache is
     full, it starts again from the newer half of them. ValueError on settings that the model cannot follow."""
-    config, last = model.config, model.require_layer(exit_layer)
+    last = model.require_layer(exit_layer)
     if temperature < 0 or (top_k is not None and top_k < 1):
         raise ValueError(f'temperature is at least 0 and top_k at least 1, got {temperature} and {top_k}')
     if exit_mode not in (None, 'gate', 'confidence'):
@@ -81,14 +80,20 @@ def stream(model, idx, max_new_tokens, temperature=1.0, top_k=None, exit_layer=N
         raise ValueError("this model has no gates (gate_dim=0); exit_mode='confidence' needs none")
     if idx.shape[1] == 0:
         raise ValueError('the prompt is empty: generation starts from at least one token')
-    was_training = model.training
+    return steps(model, idx, max_new_tokens, temperature, top_k, last, exit_mode, exit_threshold, generator)
+
+
+@torch.no_grad()
+def steps(model, idx, max_new_tokens, temperature, top_k, last, exit_mode, exit_threshold, generator):
+    """The generator behind `stream`, whose arguments are checked."""
+    block_size, was_training = model.config.block_size, model.training
     model.eval()
     try:
-        context = new = idx[:, -config.block_size:]  # new: the tokens that are not in the cache yet
+        context = new = idx[:, -block_size:]  # new: the tokens that are not in the cache yet
         cache = KVCache(model, len(idx))
         for _ in range(max_new_tokens):
-            if cache.length + new.shape[1] > config.block_size:
-                cache, new = KVCache(model, len(idx)), context[:, -max(1, config.block_size // 2):]
+            if cache.length + new.shape[1] > block_size:
+                cache, new = KVCache(model, len(idx)), context[:, -max(1, block_size // 2):]
             if exit_mode is not None and new.shape[1] == 1:
                 logits, layers = step_with_exits(model, new, cache, last, exit_mode, exit_threshold)
             else:
@@ -97,7 +102,7 @@ def stream(model, idx, max_new_tokens, temperature=1.0, top_k=None, exit_layer=N
                 logits = model.head(model.exit_state(h[:, -1], last))
                 layers = torch.full((len(idx),), last, device=idx.device)
             new = sample(logits, temperature, top_k, generator)
-            context = torch.cat((context, new), dim=1)[:, -config.block_size:]
+            context = torch.cat((context, new), dim=1)[:, -block_size:]
             yield new, layers
     finally:
         model.train(was_training)

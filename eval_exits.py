@@ -1,9 +1,48 @@
+"""
+What a trained model can do at each of its exits, and what its ternary weights look like.
+
+    python eval_exits.py                            the newest run
+    python eval_exits.py --out_dir=out/... --json=exits.json --split=test
+
+Prints, with the papers' own figures beside ours, and writes as JSON and PNG:
+
+    A5, B3-B5, Card    loss, PPL, bits per byte and tokens/s at every exit
+    A3                 ternary weights W^ against latent weights W
+    A4, A appendix     scale and sparsity of the ternary weights; where the parameters are
+    B Fig. 1           standard deviation of the activations by depth
+    A6, A9             where the gates let tokens go
+
+PPL is exp(mean cross-entropy per token) over the whole split in consecutive windows, ternary weights unless it says
+otherwise. "layer" counts from 0, as Paper A and --exit_layer do; "blocks" is how many have run, as the Card counts.
+"""
+import json
 import math
+import os
+import statistics
+import time
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
-from exits import linear_cross_entropy
+import checkpoint
+from configurator import configure, run
+from decode import stream
+from exits import expected_exit_layer, linear_cross_entropy
+from prepare import load_meta, load_tokens, prepare
+from quant import bit_linears, latent_weights, weight_ternary
+from runtime import keep_freed_memory, pick_device
 
+# What the papers report. Paper A's four cells are named (Hadamard, early exit).
+PAPER_A3 = {(False, False): (228.76, 451.03), (True, False): (185.45, 389.65),  # PPL: "FP" (latent), 1.58-bit
+            (False, True): (252.34, 478.38), (True, True): (216.06, 764.36)}
+PAPER_A4 = {(False, False): (0.0051, 0.304, 4, 0.340, 0.356), (True, False): (0.0151, 0.356, 0, 0.320, 0.324),
+            (False, True): (0.0036, 0.269, 0, 0.360, 0.371), (True, True): (0.0122, 0.353, 0, 0.323, 0.324)}
+PAPER_A5 = [78480, 86584, 82870, 76889, 68198, 58027, 39540, 25603, 20237, 15923, 12418, 216]  # H+EE, by layer
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# loss
 
 def windows(tokens, block_size, batch_size):
     """The whole split, each token but the first predicted once: yields idx, targets (b, t) int64 of consecutive,
@@ -45,7 +84,199 @@ def perplexity(loss):
     return math.exp(loss) if loss < 700 else math.inf
 
 
-def bits_per_byte(loss, meta):
-    """Nats per token -> bits per byte of text, by the validation split's own tokens and bytes."""
-    counts = meta['splits']['val']
+def bits_per_byte(loss, meta, split='val'):
+    """Nats per token -> bits per byte of text, by the tokens and bytes that the split has."""
+    counts = meta['splits'][split]
     return loss / math.log(2) * counts['tokens'] / counts['bytes']
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the other measurements
+
+def measure_speed(model, layers, tokens, n_tokens=32, rounds=3):
+    """Greedy decoding speed, batch 1, at each of `layers`: list of tokens/s. The exits take turns, and the median of
+    their rounds counts, because a machine's speed drifts."""
+    prompt = torch.from_numpy(tokens[:8].astype('int64'))[None].to(model.head.weight.device)
+    seconds = {layer: [] for layer in layers}
+    for _ in range(rounds):
+        for layer in layers:
+            steps = stream(model, prompt, n_tokens + 1, temperature=0, exit_layer=layer)
+            next(steps)  # the prompt
+            started = time.perf_counter()
+            for _ in steps:
+                pass
+            seconds[layer].append(time.perf_counter() - started)
+    return [n_tokens / statistics.median(seconds[layer]) for layer in layers]
+
+
+def weight_statistics(model):
+    """Table A4: mean alpha, share of zeros, matrices with more than half zeros, shares of +1 and -1 (over weights)."""
+    layers = bit_linears(model)
+    if not layers:
+        return None
+    codes, scales = zip(*(weight_ternary(layer.weight) for layer in layers))
+    total = sum(c.numel() for c in codes)
+    return {'mean_scale': statistics.mean(scale.item() for scale in scales),
+            'sparsity': sum((c == 0).sum().item() for c in codes) / total,
+            'high_sparsity_matrices': sum((c == 0).float().mean().item() > 0.5 for c in codes),
+            'plus': sum((c == 1).sum().item() for c in codes) / total,
+            'minus': sum((c == -1).sum().item() for c in codes) / total}
+
+
+def parameter_breakdown(model):
+    """Paper A's appendix: parameters by component, {name: count}."""
+    size = lambda module: sum(p.numel() for p in module.parameters())
+    counts = {'token embedding': size(model.embedding)}
+    for block in model.blocks:
+        for part in (block.attn, block.ffn):
+            for name, child in part.named_children():
+                if any(child is layer for layer in block.linears()):
+                    key = f'{"attention" if part is block.attn else "FFN"} {name} (quantizable)'
+                    counts[key] = counts.get(key, 0) + size(child)
+    counts['LM head'] = size(model.head)
+    counts['gates'] = size(model.gates)
+    counts['norms'] = size(model) - sum(counts.values())
+    return counts | {'total': size(model)}
+
+
+@torch.no_grad()
+def activation_and_gate_statistics(model, tokens, threshold=0.5, batches=8, batch_size=8):
+    """Standard deviation of h_l (B Fig. 1) and, if the model has gates, what they decide at `threshold` (A6, A9), over
+    the first `batches` batches of windows."""
+    n_layer, device = model.config.n_layer, model.head.weight.device
+    sums, squares, count, gates = torch.zeros(n_layer), torch.zeros(n_layer), 0, []
+    for i, (idx, _) in enumerate(windows(tokens, model.config.block_size, batch_size)):
+        if i == batches:
+            break
+        states = list(model.hidden_states(idx.to(device)))
+        sums += torch.stack([h.float().sum().cpu() for h in states])
+        squares += torch.stack([h.float().square().sum().cpu() for h in states])
+        count += states[0].numel()
+        if model.gates:
+            gates.append(model.gate_probabilities(states[:-1]).flatten(0, 1).cpu())  # (B T, L-1)
+    std = (squares / count - (sums / count) ** 2).clamp(min=0).sqrt().tolist()
+    if not gates:
+        return std, None
+    p = torch.cat(gates)
+    leaves = torch.cat((p > threshold, torch.ones(len(p), 1, dtype=torch.bool)), dim=1)  # the last layer takes all
+    layer = leaves.int().argmax(dim=1)  # the first that is true
+    share = torch.bincount(layer, minlength=n_layer) / len(p)
+    return std, {'threshold': threshold, 'mean_exit_layer': layer.float().mean().item(),
+                 'expected_exit_layer': expected_exit_layer(p).mean().item(),
+                 'target_exit': model.config.target_exit, 'leaving_share': share.tolist(),
+                 'mean_probability': p.mean(dim=0).tolist()}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the report
+
+def table(title, header, rows):
+    """Print rows of cells under a header, right-aligned; floats to four figures."""
+    text = [[f'{cell:.4g}' if isinstance(cell, float) else '' if cell is None else str(cell) for cell in row]
+            for row in [header, *rows]]
+    widths = [max(map(len, column)) for column in zip(*text)]
+    print(f'\n{title}')
+    for row in text:
+        print('  ' + '  '.join(cell.rjust(width) for cell, width in zip(row, widths)))
+
+
+def print_report(report, cell):
+    exits, full = report['exits'], report['exits'][-1]
+    paper = PAPER_A5 if len(exits) == len(PAPER_A5) and cell == (True, True) else [None] * len(exits)
+
+    def trade(e):  # B4, B5: PPL increase, speed gain, their quotient
+        worse, faster = 100 * (e['ppl'] / full['ppl'] - 1), 100 * (e['tok_per_s'] / full['tok_per_s'] - 1)
+        return [worse, faster, worse / faster if e is not full and faster > 0 else None]
+    table(f'Exits ({report["split"]} split, ternary weights; Tables A5, B3-B5)',
+          ['layer', 'blocks', 'loss', 'PPL', 'bits/B', 'tok/s', 'PPL +%', 'speed +%', 'ratio', 'Paper A'],
+          [[e['layer'], e['blocks'], e['loss'], e['ppl'], e['bits_per_byte'], e['tok_per_s'], *trade(e), p]
+           for e, p in zip(exits, paper)])
+    weights, stats = report['weights'], report['stats']
+    if stats['weights']:
+        latent, ternary = weights['latent']['ppl'], weights['ternary']['ppl']
+        theirs = PAPER_A3[cell]
+        table('Latent and ternary weights (Table A3)', ['', 'latent PPL', 'ternary PPL', 'ternary +%'],
+              [['ours', latent, ternary, 100 * (ternary / latent - 1)],
+               ['Paper A', *theirs, 100 * (theirs[1] / theirs[0] - 1)]])
+        table('Ternary weights (Table A4)', ['', 'mean alpha', 'zeros', 'matrices > 50% zeros', '+1', '-1'],
+              [['ours', *stats['weights'].values()], ['Paper A', *PAPER_A4[cell]]])
+    table('Parameters (Paper A, appendix)', ['component', 'parameters'],
+          [[name, f'{count:,}'] for name, count in stats['parameters'].items()])
+    gates = stats['gates']
+    table('By depth (B Fig. 1; gates: A6)',
+          ['layer', 'std of h'] + (['mean p', 'share leaving'] if gates else []),
+          [[layer, std] + ([gates['mean_probability'][layer] if layer < len(exits) - 1 else None,
+                            gates['leaving_share'][layer]] if gates else [])
+           for layer, std in enumerate(stats['activation_std'])])
+    if gates:
+        print(f'\nGates at threshold {gates["threshold"]}: mean exit layer {gates["mean_exit_layer"]:.2f}; '
+              f'E (A9) = {gates["expected_exit_layer"]:.2f} for a target of {gates["target_exit"]}')
+
+
+def plot(report, path):
+    """Exit curve and activation spread side by side, as PNG."""
+    import matplotlib
+    matplotlib.use('Agg')
+    import matplotlib.pyplot as plt
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), constrained_layout=True)
+    layers = [e['layer'] for e in report['exits']]
+    left.semilogy(layers, [e['ppl'] for e in report['exits']], 'o-', color='#0072B2', label='this model')
+    if len(layers) == len(PAPER_A5):
+        left.semilogy(layers, PAPER_A5, 's--', color='#D55E00', label='Paper A, Table 5 (BPE)')
+    left.set(title='Perplexity at each exit', xlabel='exit layer', ylabel='PPL')
+    left.legend()
+    right.plot(layers, report['stats']['activation_std'], 'o-', color='#009E73')
+    right.set(title='Spread of the activations (B Fig. 1)', xlabel='layer', ylabel='standard deviation of h')
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+    with checkpoint.atomic_write(path) as file:
+        figure.savefig(file, format='png', dpi=110)
+    plt.close(figure)
+
+
+@dataclass
+class EvalSettings:
+    """Evaluates every exit of a trained model, and its weights."""
+    out_dir: str = ''  # the run to evaluate; empty: the newest
+    split: Literal['val', 'test', 'train'] = 'val'  # of the run's own data set
+    batch_size: int = 16  # sequences at a time
+    device: str = 'auto'  # auto, cpu, cuda, cuda:1, mps
+    json: str = ''  # where to write the figures; empty: eval.json in the run's folder
+
+
+def main(argv):
+    s = configure(EvalSettings, argv)
+    keep_freed_memory()
+    device = pick_device(s.device)
+    out_dir = checkpoint.find_run(s.out_dir)
+    model, settings = checkpoint.load_checkpoint(os.path.join(out_dir, 'ckpt.pt'), device)
+    folder = prepare(settings['dataset'], settings['tokenizer'], settings['source'], settings['data_dir'])
+    meta, tokens = load_meta(folder), load_tokens(folder, s.split)
+    layers = list(range(model.config.n_layer))
+    print(f'evaluating {len(layers)} exits on {len(tokens):,} tokens')
+    losses = evaluate(model, tokens, layers, s.batch_size)
+    speeds = measure_speed(model, layers, tokens)
+    with latent_weights(model):
+        latent = evaluate(model, tokens, batch_size=s.batch_size)[-1]
+    std, gates = activation_and_gate_statistics(model, tokens)
+    report = {
+        'run': out_dir, 'split': s.split, 'tokens': len(tokens), 'tokenizer': meta['tokenizer'],
+        'exits': [{'layer': layer, 'blocks': layer + 1, 'loss': loss, 'ppl': perplexity(loss),
+                   'bits_per_byte': bits_per_byte(loss, meta, s.split), 'tok_per_s': speed}
+                  for layer, loss, speed in zip(layers, losses, speeds)],
+        'weights': {'ternary': {'loss': losses[-1], 'ppl': perplexity(losses[-1])},
+                    'latent': {'loss': latent, 'ppl': perplexity(latent)}},
+        'stats': {'weights': weight_statistics(model), 'parameters': parameter_breakdown(model),
+                  'activation_std': std, 'gates': gates}}
+    cell = (model.config.linear == 'hbitlinear', model.config.lambda_ee > 0)
+    print_report(report, cell)
+    path = s.json or os.path.join(out_dir, 'eval.json')
+    with checkpoint.atomic_write(path, 'w') as file:
+        json.dump(report, file, indent=1)
+    picture = os.path.splitext(path)[0] + '.png'
+    plot(report, picture)
+    print(f'\nwritten: {path}, {picture}')
+
+
+if __name__ == '__main__':
+    run(main)

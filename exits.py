@@ -52,7 +52,7 @@ class Gate(nn.Module):
 
 def sample_exits(p):
     """A6 in training: z ~ Bernoulli(p) in {0, 1}, with the straight-through gradient dz/dp := 1. Same shape as p."""
-    return torch.bernoulli(p.detach()) + (p - p.detach())
+    return (torch.rand_like(p) < p).to(p.dtype) + (p - p.detach())
 
 
 def expected_exit_layer(p):

@@ -24,6 +24,15 @@ def pick_device(name):
     return device
 
 
+def pick_dtype(name, device):
+    """'float32' or 'bfloat16', which is what 'auto' means where the hardware multiplies it natively."""
+    if name != 'auto':
+        return name
+    native = {'cpu': torch.cpu._is_avx512_bf16_supported,
+              'cuda': lambda: torch.cuda.is_bf16_supported(including_emulation=False)}.get(device.type, lambda: False)
+    return 'bfloat16' if native() else 'float32'
+
+
 def autocast(device, dtype):
     """Matrix products in bfloat16 where asked; weights and everything delicate stay in float32."""
     if dtype == 'float32':

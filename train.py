@@ -18,7 +18,7 @@ import shutil
 import signal
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Literal
@@ -34,7 +34,7 @@ from eval_exits import bits_per_byte, evaluate, perplexity
 from model import BitSkip, BitSkipConfig
 from prepare import load_meta, load_tokens, prepare
 from quant import int8_support
-from runtime import Processes, autocast, keep_freed_memory, pick_device
+from runtime import Processes, autocast, keep_freed_memory, pick_device, pick_dtype
 
 
 @dataclass
@@ -54,7 +54,7 @@ class TrainSettings(BitSkipConfig):
     patience: int = 3  # stop after so many evaluations without improvement; 0: never
     learning_rate: float = 6e-4  # the peak
     min_lr: float = 0.0  # at the end
-    warmup_iters: int = 100  # steps of linear warm-up
+    warmup_iters: int = 100  # steps of linear warm-up, but at most a tenth of max_iters
     schedule: Literal['wsd', 'linear', 'cosine'] = 'wsd'  # after warm-up: stable then decay, or straight, or cosine
     decay_frac: float = 0.2  # share of all steps that wsd decays over
     weight_decay: float = 0.1  # on matrices only
@@ -62,7 +62,7 @@ class TrainSettings(BitSkipConfig):
     beta2: float = 0.95  # AdamW
     grad_clip: float = 1.0  # largest norm of the gradient; 0: any
     device: str = 'auto'  # auto, cpu, cuda, cuda:1, mps
-    dtype: Literal['float32', 'bfloat16'] = 'float32'  # of matrix products (autocast); weights are float32
+    dtype: Literal['auto', 'float32', 'bfloat16'] = 'auto'  # of matrix products; auto: bfloat16 where it is native
     compile: bool = False  # torch.compile each block
     seed: int = 7  # of everything random
 
@@ -83,10 +83,11 @@ class TrainSettings(BitSkipConfig):
 def get_lr(step, s):
     """The learning rate of step 0, 1, ... max_iters-1."""
     # 1) linear warm-up to the peak
-    if step < s.warmup_iters:
-        return s.learning_rate * (step + 1) / (s.warmup_iters + 1)
+    warmup_iters = min(s.warmup_iters, s.max_iters // 10)
+    if step < warmup_iters:
+        return s.learning_rate * (step + 1) / (warmup_iters + 1)
     # 2) how much of the decay is still ahead: 1 at its start, 0 at the end
-    decay_iters = s.max_iters * s.decay_frac if s.schedule == 'wsd' else s.max_iters - s.warmup_iters
+    decay_iters = s.max_iters * s.decay_frac if s.schedule == 'wsd' else s.max_iters - warmup_iters
     ahead = min(1.0, (s.max_iters - step) / max(1, decay_iters))
     # 3) from peak to min_lr, straight or along a cosine
     if s.schedule == 'cosine':
@@ -119,23 +120,27 @@ def make_optimizer(model, s):
 
 
 class Interrupts:
-    """Ctrl-C and SIGTERM raise KeyboardInterrupt, except inside `with interrupts.held`: then as soon as that ends."""
-
-    def __init__(self):
-        self.holding, self.pending = False, False
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.handle)
-
-    def handle(self, *_):
-        if self.holding:
-            self.pending = True
-        else:
-            raise KeyboardInterrupt
+    """with Interrupts() as interrupts: Ctrl-C and SIGTERM raise KeyboardInterrupt in here, except inside
+    `with interrupts.held():`, where they wait until it ends."""
 
     def __enter__(self):
-        self.holding = True
+        self.holding, self.pending = False, False
+        self.before = {number: signal.signal(number, self.handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
 
     def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def handle(self, *_):
+        if not self.holding:
+            raise KeyboardInterrupt
+        self.pending = True
+
+    @contextmanager
+    def held(self):
+        self.holding = True
+        yield
         self.holding = False
         if self.pending:
             self.pending = False
@@ -148,14 +153,16 @@ class Run:
     def __init__(self, s):
         self.device = pick_device(s.device)
         self.processes = Processes(self.device)
+        s.dtype = pick_dtype(s.dtype, self.device)  # a resumed run keeps the choice
         self.device, self.rank, self.world = self.processes.device, self.processes.rank, self.processes.world
         if s.gradient_accumulation_steps % self.world:
             raise UserError(f'gradient_accumulation_steps={s.gradient_accumulation_steps} counts the micro-batches of '
                             f'all processes, so it must be a multiple of their number, {self.world}')
-        if self.processes.is_main:
-            prepare(s.dataset, s.tokenizer, s.source, s.data_dir)  # does nothing if it is there already
-        self.processes.barrier()
+        if not self.processes.is_main:
+            self.processes.barrier()  # one process prepares the data, then the others find them there
         folder = prepare(s.dataset, s.tokenizer, s.source, s.data_dir)
+        if self.processes.is_main:
+            self.processes.barrier()
         self.meta = load_meta(folder)
         self.train_tokens, self.val_tokens = load_tokens(folder, 'train'), load_tokens(folder, 'val')
         if len(self.train_tokens) <= s.block_size:
@@ -188,7 +195,7 @@ class Run:
 
     def resume(self, saved):
         """Take over a state that `save` wrote, to go on from it bit-exactly."""
-        if saved['meta'].get('sha256') != self.meta.get('sha256'):
+        if saved['meta']['splits'] != self.meta['splits']:
             raise UserError(f'the data have changed since {self.path("last.pt")} was written, so the run cannot be '
                             'continued; start a new one, without --init_from=resume')
         try:
@@ -208,7 +215,9 @@ class Run:
         if self.processes.is_main:
             state = {'model': self.model.state_dict(), 'settings': asdict(self.s), 'meta': self.meta,
                      'progress': dict(self.progress)}
-            checkpoint.save(self.path(name), state | ({'optimizer': self.optimizer.state_dict()} if with_optimizer else {}))
+            if with_optimizer:
+                state['optimizer'] = self.optimizer.state_dict()
+            checkpoint.save(self.path(name), state)
 
     def log(self, **metrics):
         if self.processes.is_main:
@@ -218,54 +227,58 @@ class Run:
     # -- training
 
     def train(self):
-        """Steps and evaluations until max_iters, or until patience is at its end. Ctrl-C saves and returns."""
+        """Steps and evaluations until max_iters, or until patience is at its end: True. Ctrl-C saves: False."""
         s, progress = self.s, self.progress
-        interrupts = Interrupts()
         self.module = self.model
         if s.compile:
             for block in self.model.blocks:
                 block.compile()
         if self.world > 1:  # a block that all samples of a process skip has no gradient there: unused, and no hang
             self.module = DistributedDataParallel(self.model, find_unused_parameters=True)
-        bar = tqdm(total=s.max_iters, initial=progress['iter'], disable=None if self.processes.is_main else True,
-                   bar_format='{n}/{total} |{bar:12}| {postfix} ETA {remaining}', dynamic_ncols=True)
-        clock = time.perf_counter() - progress['seconds']
-        try:
-            while True:
-                done = progress['iter']
-                is_last = done == s.max_iters
-                if done > progress['last_eval'] and (is_last or done % s.eval_interval == 0):
-                    progress['seconds'] = time.perf_counter() - clock
-                    self.evaluate_and_save(bar)
-                if is_last or (s.patience and progress['bad_evals'] >= s.patience):
-                    break
-                started = time.perf_counter()
-                losses = self.forward_backward(done)
-                grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), s.grad_clip or math.inf).item()
-                self.require_finite(done, losses['total'], grad_norm)
-                lr = get_lr(done, s)
-                with interrupts:  # a step is taken and counted, or neither
-                    for group in self.optimizer.param_groups:
-                        group['lr'] = lr
-                    self.optimizer.step()
-                    progress['iter'] += 1
-                tokens_per_s = (s.gradient_accumulation_steps * s.batch_size * s.block_size
-                                / (time.perf_counter() - started))
-                bar.set_postfix_str(f'loss {losses["ce"]:.3f} PPL {perplexity(losses["ce"]):.4g} '
-                                    f'{tokens_per_s / 1000:.1f}k tok/s', refresh=False)
-                bar.update()
-                if progress['iter'] % s.log_interval == 0:
-                    self.log(iter=progress['iter'], **losses, lr=lr, grad_norm=grad_norm, tok_per_s=tokens_per_s,
-                             seconds=time.perf_counter() - clock)
-        except KeyboardInterrupt:
-            bar.close()
-            progress['seconds'] = time.perf_counter() - clock
-            self.save('last.pt', with_optimizer=True)
-            self.say(f'\nstopped after {progress["iter"]} steps, nothing lost; the same command with '
-                     '--init_from=resume goes on')
-            return False
-        bar.close()
+        self.bar = tqdm(total=s.max_iters, initial=progress['iter'], disable=None if self.processes.is_main else True,
+                        bar_format='{n}/{total} |{bar:12}| {postfix} ETA {remaining}', dynamic_ncols=True)
+        self.clock = time.perf_counter() - progress['seconds']
+        with Interrupts() as interrupts:
+            try:
+                while True:
+                    done = progress['iter']
+                    is_last = done == s.max_iters
+                    if done > progress['last_eval'] and (is_last or done % s.eval_interval == 0):
+                        self.evaluate_and_save()
+                    if is_last or (s.patience and progress['bad_evals'] >= s.patience):
+                        break
+                    self.step(interrupts)
+            except KeyboardInterrupt:
+                self.bar.close()
+                with interrupts.held():
+                    self.save('last.pt', with_optimizer=True)
+                self.say(f'\nstopped after {progress["iter"]} steps, nothing lost; the same command with '
+                         '--init_from=resume goes on')
+                return False
+        self.bar.close()
         return True
+
+    def step(self, interrupts):
+        """One optimizer step, and its line in the log."""
+        s, done, started = self.s, self.progress['iter'], time.perf_counter()
+        losses = self.forward_backward(done)
+        grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), s.grad_clip or math.inf).item()
+        self.require_finite(done, losses['total'], grad_norm)
+        lr = get_lr(done, s)
+        for group in self.optimizer.param_groups:
+            group['lr'] = lr
+        with interrupts.held():  # a step is taken and counted, or neither
+            self.optimizer.step()
+            self.progress['iter'] += 1
+            self.progress['seconds'] = time.perf_counter() - self.clock
+        tokens = s.gradient_accumulation_steps * s.batch_size * s.block_size
+        tokens_per_s = tokens / (time.perf_counter() - started)
+        self.bar.set_postfix_str(f'loss {losses["ce"]:.3f} PPL {perplexity(losses["ce"]):.4g} '
+                                 f'{tokens_per_s / 1000:.1f}k tok/s', refresh=False)
+        self.bar.update()
+        if self.progress['iter'] % s.log_interval == 0:
+            self.log(iter=self.progress['iter'], **losses, lr=lr, grad_norm=grad_norm, tok_per_s=tokens_per_s,
+                     seconds=self.progress['seconds'])
 
     def forward_backward(self, step):
         """The gradient of one step into .grad; the losses, averaged over its micro-batches: dict of floats."""
@@ -295,7 +308,7 @@ class Run:
                         f'a lower --learning_rate than {self.s.learning_rate:g}, a longer --warmup_iters or a '
                         'smaller --grad_clip')
 
-    def evaluate_and_save(self, bar):
+    def evaluate_and_save(self):
         """Loss over the whole validation split, with ternary weights; then save what resuming needs."""
         progress = self.progress
         with autocast(self.device, self.s.dtype):
@@ -309,7 +322,7 @@ class Run:
         self.save('last.pt', with_optimizer=True)
         self.log(iter=progress['iter'], val_loss=loss, val_ppl=perplexity(loss), best=progress['val_loss'])
         if self.processes.is_main:
-            bar.write(f'step {progress["iter"]}: {describe(loss, self.meta)}'
+            self.bar.write(f'step {progress["iter"]}: {describe(loss, self.meta)}'
                       + (f', no better than {progress["val_loss"]:.4f}' if progress['bad_evals'] else ''))
 
     def say(self, text):
@@ -395,6 +408,7 @@ def main(argv):
                      f'after {progress["iter"]} steps and {progress["seconds"] / 60:.1f} minutes; model in '
                      f'{training.path("ckpt.pt")}\nnext:\n'
                      f'  python sample.py --exit_layer {max(0, s.n_layer - 2)}\n  python eval_exits.py')
+    training.module = None  # a DDP wrapper must go before its process group
     training.processes.close()
 
 

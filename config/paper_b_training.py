@@ -1,0 +1,13 @@
+# Paper B's training, phase 2 (Table 1, section 3.3), shared by its five variants. Use it through one of them:
+#   python train.py config/tinystories_v1.py
+# config/paper_b_training.py is phase 2, with early exit; the overlay config/phase1.py takes that away.
+dataset = 'tinystories'
+batch_size = 16
+max_iters = 50000
+eval_interval = 1000
+warmup_iters = 1000
+schedule = 'linear'
+lambda_ee = 0.3
+ee_weighting = 'late'  # B6
+p_max = 0.5
+skip_normalize = True

@@ -1,0 +1,90 @@
+"""
+Generate text from a trained model.
+
+    python sample.py                                        the newest run, at full depth
+    python sample.py --exit_layer 10                        every token leaves after block 10
+    python sample.py --exit_mode=confidence --exit_threshold=0.9
+    python sample.py --prompt='Return the' --temperature=0
+    echo 'Return the' | python sample.py --prompt_file=-    prompt from stdin, or from a file by name
+"""
+import codecs
+import os
+import sys
+import time
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+import checkpoint
+from configurator import UserError, configure, run
+from decode import stream
+from runtime import pick_device
+from tokenizer import get_tokenizer
+
+
+@dataclass
+class SampleSettings:
+    """Generates text. Layers count from 0: exit_layer k runs blocks 0 to k."""
+    out_dir: str = ''  # the run to sample from; empty: the newest
+    prompt: str = ''  # the text to continue; empty: start a new document
+    prompt_file: str = ''  # read the prompt from this file instead, - for stdin
+    max_new_tokens: int = 300  # how many tokens to generate
+    temperature: float = 0.8  # 0 takes the likeliest token, 1 samples as the model says
+    top_k: int | None = None  # choose among the k likeliest tokens only
+    exit_layer: int | None = None  # the deepest block to run; none: all
+    exit_mode: Literal['none', 'gate', 'confidence'] = 'none'  # let each token leave earlier: by gate, by confidence
+    exit_threshold: float = 0.5  # leave when the gate (A6) or the largest probability exceeds this
+    device: str = 'auto'  # auto, cpu, cuda, cuda:1, mps
+    seed: int = 1337  # of the sampling
+
+
+def read_prompt(s):
+    if not s.prompt_file:
+        return s.prompt
+    if s.prompt:
+        raise UserError('--prompt and --prompt_file both give a prompt; choose one')
+    if s.prompt_file != '-' and not os.path.isfile(s.prompt_file):
+        raise UserError(f'there is no prompt file {s.prompt_file}')
+    try:
+        with sys.stdin if s.prompt_file == '-' else open(s.prompt_file, encoding='utf-8') as file:
+            return file.read()
+    except UnicodeDecodeError as error:
+        raise UserError(f'the prompt is not UTF-8 text ({error.reason} at byte {error.start})') from None
+
+
+def main(argv):
+    s = configure(SampleSettings, argv)
+    device = pick_device(s.device)
+    prompt = read_prompt(s)
+    out_dir = checkpoint.find_run(s.out_dir)
+    model, settings = checkpoint.load_checkpoint(os.path.join(out_dir, 'ckpt.pt'), device)
+    tokenizer = get_tokenizer(settings['meta']['tokenizer'])
+
+    ids = list(tokenizer.encode(prompt)) or [tokenizer.eot]
+    block_size = model.config.block_size
+    if len(ids) > block_size:
+        print(f'the prompt has {len(ids)} tokens, the model sees {block_size}: the first {len(ids) - block_size} are '
+              'cropped')
+    try:
+        steps = stream(model, torch.tensor([ids], device=device), s.max_new_tokens, s.temperature, s.top_k,
+                       s.exit_layer, None if s.exit_mode == 'none' else s.exit_mode, s.exit_threshold,
+                       torch.Generator(device).manual_seed(s.seed))
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+    text = codecs.getincrementaldecoder('utf-8')(errors='replace')  # a character may take several tokens
+    print(prompt, end='', flush=True)
+    layers, started = [], time.perf_counter()
+    for token, layer in steps:
+        print(text.decode(tokenizer.decode_bytes(token[0].tolist())), end='', flush=True)
+        layers.append(layer.item())
+    print(text.decode(b'', final=True))
+    if layers:
+        seconds, mean = time.perf_counter() - started, sum(layers) / len(layers)
+        print(f'\n{len(layers)} tokens, {len(layers) / seconds:.1f} tokens/s, mean exit layer {mean:.2f} of '
+              f'0 to {model.config.n_layer - 1} ({mean + 1:.2f} blocks)')
+
+
+if __name__ == '__main__':
+    run(main)

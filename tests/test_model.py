@@ -1,0 +1,520 @@
+"""The model: sizes, losses (A7 and its parts), exits, skipping, and the two gates that keep the future out of sight."""
+import contextlib
+import itertools
+import math
+from dataclasses import fields
+from typing import Literal, get_origin, get_type_hints
+
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.testing import assert_close
+
+from decode import KVCache
+from model import FFN, Attention, BitSkip, BitSkipConfig, rope_table, rotate
+from quant import BitLinear, HBitLinear
+
+PAPER_B = dict(n_layer=24, n_embd=2048, n_head=32, n_kv_head=8, ffn_dim=4096, ffn='swiglu', norm='rmsnorm',
+               sub_norm=False, gate_dim=0)
+KINDS = ['fp', 'bitlinear', 'hbitlinear']
+
+
+def precision(dtype):
+    return contextlib.nullcontext() if dtype == 'float32' else torch.autocast('cpu', getattr(torch, dtype))
+
+
+def all_exits(model, idx, cache=None):
+    """Logits at every exit, (L, B, T, V)."""
+    return torch.stack([model.head(model.exit_state(h, l)) for l, h in enumerate(model.hidden_states(idx, cache=cache))])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# sizes
+
+@pytest.mark.parametrize('settings, quantizable, total', [(dict(), 34_603_008, 86.3e6),
+                                                          (PAPER_B, 855_638_016, 1.061e9)], ids=['paper A', 'paper B'])
+@pytest.mark.parametrize('kind', KINDS)
+def test_parameter_counts_of_the_papers(settings, quantizable, total, kind):
+    """Table 1 and the appendix of Paper A, Table 2 of Paper B; all widths are powers of two, so Hadamard adds none."""
+    with torch.device('meta'):
+        model = BitSkip(BitSkipConfig(**settings, linear=kind))
+    assert model.quantizable_parameters() == quantizable
+    assert sum(p.numel() for p in model.parameters()) == pytest.approx(total, rel=1e-3)
+    assert model.embedding.weight is not model.head.weight  # the head is not tied
+    assert all(isinstance(layer, BitLinear) == (kind != 'fp') for layer in model.linears())
+    assert not any('bias' in name for name, _ in model.named_parameters())
+
+
+def test_norms_and_gates_are_the_0_2m_of_paper_a():
+    with torch.device('meta'):
+        model = BitSkip(BitSkipConfig())
+    rest = sum(p.numel() for p in model.parameters()) - model.quantizable_parameters() - 2 * 50257 * 512
+    assert round(rest / 1e6, 1) == 0.2
+
+
+@pytest.mark.parametrize('where, transformed', [('all', {'q', 'k', 'v', 'o', 'gate', 'up', 'down'}),
+                                                ('o,down', {'o', 'down'})])
+def test_a3_hadamard_layers(make_model, where, transformed):
+    """Everywhere (the papers), or on the inputs of o and down alone, where the outliers are (BitNet v2)."""
+    model = make_model(linear='hbitlinear', hadamard_layers=where, ffn='swiglu')
+    for block in model.blocks:
+        layers = {**dict(block.attn.named_children()), **dict(block.ffn.named_children())}
+        assert {name for name, layer in layers.items() if isinstance(layer, HBitLinear)} == transformed
+        assert {name for name, layer in layers.items() if isinstance(layer, BitLinear)} \
+            == {'q', 'k', 'v', 'o', 'gate', 'up', 'down'}
+
+
+@pytest.mark.parametrize('wrong', [
+    dict(vocab_size=0), dict(block_size=0), dict(n_layer=0), dict(n_head=0), dict(n_kv_head=0), dict(n_embd=0),
+    dict(ffn_dim=0), dict(n_embd=36, n_head=8), dict(n_embd=8, n_head=8), dict(n_head=8, n_kv_head=3), dict(act_bits=6),
+    dict(p_max=-0.1), dict(p_max=1.1), dict(p_max=math.nan), dict(dropout=1.0), dict(gate_dim=-1), dict(lambda_ee=-1.0),
+    dict(lambda_q=-1.0), dict(lambda_r=math.nan)], ids=str)
+def test_config_refuses(wrong):
+    with pytest.raises(ValueError, match=list(wrong)[0]):
+        BitSkipConfig(**wrong)
+
+
+CHOICES = [name for name, hint in get_type_hints(BitSkipConfig).items() if get_origin(hint) is Literal]
+
+
+@pytest.mark.parametrize('name', CHOICES)
+def test_config_refuses_what_is_not_a_choice(name):
+    """BitSkipConfig(ffn='swigul') must not be a relu2 model: no silent fallback."""
+    with pytest.raises(ValueError, match=name):
+        BitSkipConfig(**{name: 'typo'})
+
+
+def test_config_of_larger_settings():
+    config = BitSkipConfig.of({'n_layer': 3, 'linear': 'fp', 'learning_rate': 1.0, 'dataset': 'pydocs'})
+    assert config == BitSkipConfig(n_layer=3, linear='fp')
+    assert BitSkipConfig.of(BitSkip(BitSkipConfig(n_layer=1, vocab_size=8)).settings()).vocab_size == 8
+    assert len(CHOICES) > 5 and set(CHOICES) < {field.name for field in fields(BitSkipConfig)}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# parts
+
+def test_rope_depends_on_relative_positions_only():
+    """The product of q at position m and k at n is one function of m - n."""
+    rope = rope_table(8, 16, 10000.0)
+    q, k = (rotate(torch.randn(8).expand(1, 1, 16, 8), rope)[0, 0] for _ in range(2))
+    products = q @ k.T  # (m, n)
+    for offset in range(-15, 16):
+        diagonal = products.diagonal(offset)
+        assert_close(diagonal, diagonal[:1].expand_as(diagonal), rtol=1e-4, atol=1e-5)
+    assert products[0].std() > 0.1  # and not of nothing
+
+
+def test_rope_is_the_rotation_of_complex_numbers():
+    """(x_i + i x_{i + D/2}) exp(i t theta^(-2i/D))"""
+    x = torch.randn(2, 3, 5, 8)
+    z = torch.complex(x[..., :4], x[..., 4:])
+    turn = torch.exp(1j * torch.arange(5)[:, None] * 100.0 ** (-torch.arange(4) / 4))
+    assert_close(rotate(x, rope_table(8, 5, 100.0)), torch.cat(((z * turn).real, (z * turn).imag), dim=-1))
+
+
+@pytest.mark.parametrize('sub_norm', [True, False])
+@pytest.mark.parametrize('n_kv_head', [1, 2, 4])
+def test_gqa_is_attention_with_repeated_heads(make_model, n_kv_head, sub_norm):
+    """Query head i attends with key and value head i // (n_head / n_kv_head), causally; SubLN sits before o."""
+    attention = make_model(linear='fp', n_kv_head=n_kv_head, sub_norm=sub_norm).blocks[0].attn
+    x, rope, heads = torch.randn(2, 6, 32), rope_table(8, 6, 10000.0), []
+    q, k, v = (x @ layer.weight.T for layer in (attention.q, attention.k, attention.v))
+    for i in range(4):
+        j = i // (4 // n_kv_head)
+        q_i, k_j, v_j = q[..., 8 * i:8 * i + 8], k[..., 8 * j:8 * j + 8], v[..., 8 * j:8 * j + 8]
+        scores = rotate(q_i, rope) @ rotate(k_j, rope).mT / 8 ** 0.5
+        heads.append(scores.masked_fill(torch.ones(6, 6).triu(1).bool(), -math.inf).softmax(-1) @ v_j)
+    y = torch.cat(heads, dim=-1)
+    if sub_norm:
+        y = F.layer_norm(y, (32,), attention.sub_norm.weight)
+    assert_close(attention(x, rope), y @ attention.o.weight.T, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize('norm', ['layernorm', 'rmsnorm'])
+@pytest.mark.parametrize('sub_norm', [True, False])
+@pytest.mark.parametrize('ffn', ['relu2', 'swiglu'])
+def test_ffn_is_the_formula(make_model, ffn, sub_norm, norm):
+    """down(SubLN(relu(up x)^2)) (A3's squared ReLU) or down(SubLN(silu(gate x) up x))."""
+    layer, x = make_model(linear='fp', ffn=ffn, norm=norm, sub_norm=sub_norm).blocks[0].ffn, torch.randn(2, 5, 32)
+    up = x @ layer.up.weight.T
+    if ffn == 'relu2':
+        y = up.clamp(min=0) ** 2
+    else:
+        gate = x @ layer.gate.weight.T
+        y = gate * torch.sigmoid(gate) * up
+    if sub_norm:
+        y = y - y.mean(-1, keepdim=True) if norm == 'layernorm' else y
+        y = y / (y.square().mean(-1, keepdim=True) + 1e-5).sqrt() * layer.sub_norm.weight
+    assert_close(layer(x), y @ layer.down.weight.T, rtol=1e-4, atol=1e-5)
+
+
+def test_subln_and_gates_are_optional(make_model):
+    names = {sub: [n for n, _ in make_model(sub_norm=sub).named_parameters() if 'sub_norm' in n] for sub in (True, False)}
+    assert len(names[True]) == 2 * 3 and not names[False]
+    assert len(make_model(gate_dim=8).gates) == 2 and len(make_model(gate_dim=0).gates) == 0
+
+
+def test_init_scales_down_what_writes_to_the_residual_stream():
+    model = BitSkip(BitSkipConfig(vocab_size=500, n_layer=8, n_embd=128, ffn_dim=256))
+    for name, p in model.named_parameters():
+        expected = 0.02 / 4 if name.endswith(('attn.o.weight', 'ffn.down.weight')) else 0.02  # 4 = sqrt(2 L)
+        assert (p == 1).all() if p.dim() == 1 else p.numel() < 1000 or p.std().item() == pytest.approx(expected, rel=0.1)
+
+
+def test_both_products_make_the_same_model(make_model, tokens, use_product):
+    logits = {}
+    for how in ('integer', 'fake'):
+        use_product(how)
+        logits[how] = make_model(linear='hbitlinear')(tokens())[0]
+    assert (logits['integer'] - logits['fake']).norm() < 0.01 * logits['fake'].norm()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the forward contract and the losses
+
+@pytest.mark.parametrize('training', [True, False])
+def test_forward_contract(make_model, tokens, training):
+    model = make_model(lambda_ee=0.3, p_max=0.5).train(training)
+    idx, targets = tokens(2, 8), tokens(2, 8, seed=1)
+    logits, nothing = model(idx)
+    assert logits.shape == (2, 8, 31) and nothing is None
+    logits, losses = model(idx, targets)
+    assert logits.shape == (2, 8, 31) and list(losses) == ['total', 'ce', 'ee', 'quant', 'route']
+    assert all(loss.shape == () and loss.dtype == torch.float32 and loss.isfinite() for loss in losses.values())
+    assert losses['total'].requires_grad
+    assert model(idx, targets, return_logits=False)[0] is None
+
+
+def test_targets_are_shifted_already(make_model, tokens):
+    """targets[:, t] is what logits[:, t] predict: the model shifts nothing."""
+    idx = tokens(3, 9)
+    logits, losses = make_model()(idx[:, :-1], idx[:, 1:])
+    assert_close(losses['ce'], F.cross_entropy(logits.flatten(0, 1), idx[:, 1:].flatten()))
+
+
+def reference_losses(model, idx, targets):
+    """A4, A6-A9 and B6 as they are printed, on the states h_l of the model."""
+    c, L = model.config, model.config.n_layer
+    states = list(model.hidden_states(idx))
+
+    def ce(layer):
+        h = states[layer] if c.exit_norm == 'none' and layer < L - 1 else model.norm(states[layer])
+        return F.cross_entropy(model.head(h).flatten(0, 1), targets.flatten())
+
+    w = [L - l if c.ee_weighting == 'early' else l + 1 for l in range(L - 1)]
+    ee = sum(w_l / sum(w) * ce(l) for l, w_l in enumerate(w))  # A4, B6
+
+    matrices = [layer.weight for layer in model.linears() if isinstance(layer, BitLinear)]
+    quant = 0
+    for W in matrices:  # A8
+        alpha = W.detach().abs().mean()
+        quant = quant + (W - alpha * (W.detach() / alpha).round().clip(-1, 1)).square().mean() / len(matrices)
+
+    E, stay = 0, 1
+    for layer, gate in enumerate(model.gates):  # A6, A9
+        norm = F.layer_norm(states[layer], (c.n_embd,))
+        p = torch.sigmoid((norm @ gate.w1.weight.T).relu() @ gate.w2.weight.T)[..., 0]
+        E, stay = E + layer * p * stay, stay * (1 - p)
+    route = ((E + (L - 1) * stay).mean() - c.target_exit) ** 2
+
+    total = ce(L - 1) + c.lambda_ee * ee + c.lambda_q * quant + c.lambda_r * route  # A7
+    return dict(total=total, ce=ce(L - 1), ee=ee, quant=quant, route=route)
+
+
+@pytest.mark.parametrize('kind', ['bitlinear', 'hbitlinear'])
+@pytest.mark.parametrize('ee_weighting, exit_norm', [('early', 'final'), ('late', 'final'), ('early', 'none')])
+def test_a7_losses_and_gradients_are_the_formulas(make_model, tokens, kind, ee_weighting, exit_norm):
+    model = make_model(linear=kind, lambda_ee=0.3, lambda_q=0.7, lambda_r=0.2, ee_weighting=ee_weighting,
+                       exit_norm=exit_norm)
+    idx, targets, parameters = tokens(), tokens(seed=1), list(model.parameters())
+    losses, reference = model(idx, targets)[1], reference_losses(model, idx, targets)
+    for name, loss in losses.items():
+        assert_close(loss, reference[name], msg=lambda m, name=name: f'{name}: {m}')
+    for name, loss in losses.items():
+        for a, b in zip(torch.autograd.grad(loss, parameters, retain_graph=True, materialize_grads=True),
+                        torch.autograd.grad(reference[name], parameters, retain_graph=True, materialize_grads=True)):
+            assert_close(a, b, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize('weight, loss', [('lambda_ee', 'ee'), ('lambda_q', 'quant'), ('lambda_r', 'route')])
+def test_a7_a_weight_of_zero_switches_its_loss_off(make_model, tokens, weight, loss):
+    on, off = (make_model(**dict(lambda_ee=0.3, lambda_q=0.05, lambda_r=0.2) | change)(tokens(), tokens(seed=1))[1]
+               for change in ({}, {weight: 0.0}))
+    assert off[loss] == 0 and on[loss] > 0
+    assert_close(on['total'] - off['total'], dict(lambda_ee=0.3, lambda_q=0.05, lambda_r=0.2)[weight] * on[loss],
+                 rtol=1e-4, atol=1e-5)
+
+
+def test_a9_training_uses_sampled_exits(make_model, tokens):
+    """In training z ~ Bernoulli(p) takes the place of p (A6): the mean layer is that of whole tokens leaving."""
+    model, idx = make_model(lambda_q=0.0).train(), tokens()
+    torch.manual_seed(5)
+    route = model(idx, idx)[1]['route']
+    torch.manual_seed(5)
+    z = torch.bernoulli(model.gate_probabilities(list(model.hidden_states(idx))[:-1]))
+    left_at = torch.where(z[..., 0] == 1, 0, torch.where(z[..., 1] == 1, 1, 2)).float()
+    assert_close(route, (left_at.mean() - 1) ** 2)
+    assert any(p.grad is not None for p in model.gates.parameters()) is False
+    route.backward()
+    assert all(p.grad.any() for p in model.gates.parameters())
+
+
+def test_a8_counts_in_a_model_of_one_layer(make_model, tokens):
+    """One layer has no early exits, but its weights are quantized all the same."""
+    losses = make_model(n_layer=1, lambda_q=0.7, target_exit=0)(tokens(), tokens(seed=1))[1]
+    assert losses['quant'] > 0 and losses['ee'] == losses['route'] == 0
+    assert_close(losses['total'], losses['ce'] + 0.7 * losses['quant'])
+
+
+def test_a_diverged_model_has_nan_losses(make_model, tokens):
+    """Not a RuntimeError from the sampling of its gates: train.py can tell the user about a loss that is nan."""
+    model = make_model().train()
+    nn.init.constant_(model.embedding.weight, math.nan)
+    assert model(tokens(), tokens())[1]['total'].isnan()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# exits
+
+@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize('exit_norm', ['final', 'none'])
+@pytest.mark.parametrize('k', [0, 1, 2])
+def test_a4_exit_at_k_is_the_model_cut_after_block_k(make_model, tokens, kind, exit_norm, k):
+    """With the final norm before the head, or without one; at the last layer there is one in any case."""
+    model, idx, targets = make_model(linear=kind, exit_norm=exit_norm), tokens(), tokens(seed=1)
+    logits, losses = model(idx, targets, exit_layer=k)
+    assert torch.equal(logits, all_exits(model, idx)[k])
+    assert_close(losses['ce'], F.cross_entropy(logits.flatten(0, 1), targets.flatten()))
+    assert losses['total'] == losses['ce'] and losses['ee'] == losses['quant'] == losses['route'] == 0
+    cut = make_model(linear=kind, n_layer=k + 1)
+    cut.load_state_dict({name: p for name, p in model.state_dict().items() if name in cut.state_dict()})
+    if exit_norm == 'none' and k < 2:
+        cut.norm = nn.Identity()
+    assert torch.equal(logits, cut(idx)[0])
+
+
+def test_exit_at_the_last_layer_is_full_depth(make_model, tokens):
+    model, idx = make_model(), tokens()
+    assert torch.equal(model(idx, exit_layer=2)[0], model(idx)[0])
+
+
+@pytest.mark.parametrize('layer', [-1, 3, 100])
+def test_exit_outside_the_model(make_model, tokens, layer):
+    with pytest.raises(ValueError, match=f'exit_layer={layer} is outside the model: its 3 layers are 0 to 2'):
+        make_model()(tokens(), exit_layer=layer)
+
+
+def test_more_tokens_than_block_size(make_model, tokens):
+    model = make_model()
+    assert model(tokens(1, 16))[0].shape == (1, 16, 31)
+    with pytest.raises(ValueError, match='17 tokens do not fit into block_size=16'):
+        model(tokens(1, 17))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# skipping
+
+def rows_run(model):
+    """A list per block that grows by the number of samples the block runs on."""
+    rows = [[] for _ in model.blocks]
+    for block, seen in zip(model.blocks, rows):
+        block.register_forward_hook(lambda block, args, out, seen=seen: seen.append(len(args[0])))
+    return rows
+
+
+@pytest.mark.parametrize('layer', [0, 1])
+def test_a5_skipping_a_layer_is_removing_it(make_model, tokens, layer):
+    model, idx = make_model(linear='fp').train(), tokens()
+    model.skip_probabilities = [float(l == layer) for l in range(3)]
+    skipped = model(idx)[0]
+    del model.blocks[layer]
+    model.config.n_layer, model.skip_probabilities = 2, [0.0, 0.0]
+    assert torch.equal(skipped, model(idx)[0])
+
+
+def test_a5_each_sample_skips_alone_unchanged_and_for_free(make_model, tokens):
+    """A block runs on the samples that do not skip it; the others keep their very bits; about p_l of all are others."""
+    model, idx = make_model(linear='fp', n_layer=4, p_max=0.9, skip_schedule='linear').train(), tokens(400, 2)
+    rope, rows = model.rope(0, 2), rows_run(model)
+    before = model.embedding(idx)
+    for layer, h in enumerate(model.hidden_states(idx)):
+        skipped = (h == before).flatten(1).all(dim=1)
+        kept = before[~skipped]
+        assert rows[layer] == [len(kept)]
+        assert_close(h[~skipped], model.blocks[layer](kept, rope))
+        p = 0.9 * layer / 3 if layer < 3 else 0.0
+        assert abs(skipped.sum() - 400 * p) <= 5 * (400 * p * (1 - p)) ** 0.5  # five standard deviations
+        before = h
+
+
+def test_a5_the_last_layer_is_never_skipped(make_model, tokens):
+    model = make_model(p_max=1.0, skip_schedule='uniform').train()
+    rows = rows_run(model)
+    model(tokens(4, 3))
+    assert rows == [[], [], [4]]
+
+
+@pytest.mark.parametrize('normalize', [False, True])
+def test_a5_eval_never_skips(make_model, tokens, normalize):
+    model = make_model(p_max=1.0, skip_schedule='uniform', skip_normalize=normalize)
+    assert torch.equal(model(tokens())[0], make_model()(tokens())[0])
+
+
+def test_a5_a_layer_that_all_samples_skip_gets_no_gradient(make_model, tokens):
+    model = make_model(lambda_ee=0.3, lambda_q=0.0).train()
+    model.skip_probabilities = [0.0, 1.0, 0.0]
+    model(tokens(), tokens(seed=1))[1]['total'].backward()
+    assert all(p.grad is None for p in model.blocks[1].parameters())
+    assert all(p.grad is not None for layer in (0, 2) for p in model.blocks[layer].parameters())
+
+
+def test_a5_gradient_reaches_only_the_samples_that_ran(make_model, tokens):
+    """The gradient of a half-skipped block is that of the other half."""
+    model, h = make_model(linear='fp').train(), torch.randn(8, 4, 32)
+    model.skip_probabilities = [0.5, 0.0, 0.0]
+    out = model.run_block(0, h, model.rope(0, 4))
+    kept = h[(out != h).flatten(1).any(dim=1)]
+    assert 0 < len(kept) < 8
+    parameters, g = list(model.blocks[0].parameters()), torch.randn(32)
+    for a, b in zip(torch.autograd.grad((out @ g).sum(), parameters),
+                    torch.autograd.grad((model.blocks[0](kept, model.rope(0, 4)) @ g).sum(), parameters)):
+        assert_close(a, b)
+
+
+@pytest.mark.parametrize('p', [1e-9, 0.5])
+def test_a5_a_cache_in_training_mode_gets_no_holes(make_model, tokens, p):
+    """Decoding with a model left in training mode may skip nothing: a skipped sample would leave no keys behind."""
+    model, idx = make_model(linear='fp').train(), tokens(4, 8)
+    expected = model(idx)[0]
+    model.skip_probabilities = [p, p, 0.0]
+    cache = KVCache(model, 4)
+    with torch.no_grad():
+        assert_close(torch.cat((model(idx[:, :5], cache=cache)[0], model(idx[:, 5:], cache=cache)[0]), 1), expected)
+
+
+def test_dropout_is_off_in_eval(make_model, tokens):
+    model, idx = make_model(dropout=0.5), tokens()
+    assert torch.equal(model(idx)[0], make_model()(idx)[0])
+    model.train()
+    assert not torch.equal(model(idx)[0], model(idx)[0])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the causality gate
+
+ARCHITECTURES = list(itertools.product(KINDS, ['layernorm', 'rmsnorm'], ['relu2', 'swiglu'], ['final', 'none']))
+
+
+@pytest.mark.parametrize('product', ['integer', 'fake'])
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+@pytest.mark.parametrize('linear, norm, ffn, exit_norm', ARCHITECTURES)
+def test_causality(make_model, tokens, use_product, linear, norm, ffn, exit_norm, dtype, product):
+    """THE CAUSALITY GATE: token t changes no logit and no gate before t, not by a bit, at any exit. (The authors'
+    attention sees the future, and a perplexity near 1 on anything is what comes of it.)"""
+    if linear == 'fp' and product == 'fake':
+        pytest.skip('no ternary product')
+    use_product(product)
+    model, idx = make_model(linear=linear, norm=norm, ffn=ffn, exit_norm=exit_norm), tokens(2, 8)
+
+    def look(idx):
+        states = list(model.hidden_states(idx))
+        return all_exits(model, idx), model.gate_probabilities(states[:-1])
+
+    with torch.no_grad(), precision(dtype):
+        logits, gates = look(idx)
+        for t in (1, 4, 7):
+            changed = idx.clone()
+            changed[:, t] = (idx[:, t] + 1) % 31
+            new_logits, new_gates = look(changed)
+            assert torch.equal(new_logits[:, :, :t], logits[:, :, :t])
+            assert torch.equal(new_gates[:, :t], gates[:, :t])
+            assert (new_logits[:, :, t] != logits[:, :, t]).any(dim=-1).all()  # while token t itself matters
+            assert (new_logits[:, :, -1] != logits[:, :, -1]).any(dim=-1).all()  # to all that follows
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+@pytest.mark.parametrize('linear', KINDS)
+def test_causality_with_a_cache(make_model, tokens, linear, dtype):
+    """The same inside a chunk of several tokens that continues a cache, where the mask is another one."""
+    model, idx = make_model(linear=linear), tokens(2, 12)
+
+    def second_chunk(idx):
+        cache = KVCache(model, 2)
+        model(idx[:, :5], cache=cache)
+        return all_exits(model, idx[:, 5:], cache=cache)
+
+    with torch.no_grad(), precision(dtype):
+        logits = second_chunk(idx)
+        for t in (1, 3, 6):
+            changed = idx.clone()
+            changed[:, 5 + t] = (idx[:, 5 + t] + 1) % 31
+            new = second_chunk(changed)
+            assert torch.equal(new[:, :, :t], logits[:, :, :t])
+            assert (new[:, :, t:] != logits[:, :, t:]).any(dim=-1).all()
+
+
+def test_causality_holds_for_gradients(make_model, tokens):
+    """No gradient flows from the logits at t to the embeddings after t."""
+    model, idx = make_model(linear='fp'), tokens(1, 8)
+    h = model.embedding(idx).detach().requires_grad_()
+    out, rope = h, model.rope(0, 8)
+    for block in model.blocks:
+        out = block(out, rope)
+    grad, = torch.autograd.grad(out[0, 3].sum(), h)
+    assert grad[0, :4].any(dim=-1).all() and not grad[0, 4:].any()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the entropy gate
+
+def train_on(stream, linear, steps=150, V=16, B=16, T=16):
+    """Train all exits of a small model on fresh text at every step; return its token losses on more of it, (L, N)."""
+    model = BitSkip(BitSkipConfig(vocab_size=V, block_size=T, n_layer=2, n_head=2, n_kv_head=1, n_embd=32, ffn_dim=64,
+                                  linear=linear, lambda_ee=0.3, p_max=0.5, gate_dim=4, target_exit=1))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(steps):
+        text = stream(B, T + 1, V)
+        model(text[:, :-1], text[:, 1:], return_logits=False)[1]['total'].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.eval()
+    text = stream(256, T + 1, V)
+    with torch.no_grad():
+        return torch.stack([F.cross_entropy(logits.flatten(0, 1), text[:, 1:].flatten(), reduction='none')
+                            for logits in all_exits(model, text[:, :-1])])
+
+
+def noise(B, T, V):
+    return torch.randint(V, (B, T))
+
+
+def counting(B, T, V):
+    return (torch.randint(V, (B, 1)) + torch.arange(T)) % V
+
+
+@pytest.mark.parametrize('linear', KINDS)
+def test_entropy(linear):
+    """THE ENTROPY GATE: fresh i.i.d. uniform tokens cannot be predicted, so no exit ever gets below ln V.
+
+    The tolerance: whatever the model predicts, it does so without knowing the target, so its expected loss is at least
+    ln V (Gibbs). The mean over N tokens lies around that with standard error std / sqrt(N); five of them are allowed."""
+    losses = train_on(noise, linear)
+    allowed = 5 * losses.std(dim=1) / losses.shape[1] ** 0.5
+    assert (losses.mean(dim=1) >= math.log(16) - allowed).all()
+    assert (allowed < 0.1).all()  # a gate that lets 4% of ln V through is still a gate
+
+
+@pytest.mark.parametrize('linear', KINDS)
+def test_entropy_gate_can_fail(linear):
+    """The same training does learn what can be predicted, at every exit."""
+    assert (train_on(counting, linear).mean(dim=1) < 0.2 * math.log(16)).all()
+
+
+def test_entropy_gate_notices_a_model_that_sees_the_future(monkeypatch):
+    """With attention to all tokens, as in the authors' code, noise is learnt: the next token is simply copied."""
+    attention = F.scaled_dot_product_attention
+    monkeypatch.setattr(F, 'scaled_dot_product_attention',
+                        lambda *args, **options: attention(*args, **options | {'is_causal': False}))
+    assert train_on(noise, 'fp', steps=400).mean(dim=1)[-1] < 0.8 * math.log(16)

@@ -1,0 +1,265 @@
+"""The loop: a step is a pure function, so runs can be stopped, resumed and distributed without changing a bit."""
+import inspect
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import checkpoint
+import train
+from configurator import UserError
+from train import TrainSettings, get_lr
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = dict(n_layer=3, n_head=2, n_kv_head=1, n_embd=32, ffn_dim=64, block_size=32, batch_size=2, target_exit=1,
+            gradient_accumulation_steps=2, max_iters=12, eval_interval=4, log_interval=1, warmup_iters=2, patience=0,
+            learning_rate=1e-2, linear='hbitlinear', lambda_ee=0.3, p_max=0.7, device='cpu', dtype='float32')
+
+
+@pytest.fixture
+def text(tmp_path, monkeypatch):
+    """A working folder with a text of 12,000 bytes."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'text.txt').write_text(inspect.getsource(subprocess)[:12000])
+    return tmp_path
+
+
+def flags(**changes):
+    settings = TINY | {'dataset': 'text.txt', 'tokenizer': 'bytes', 'out_dir': 'out/run'} | changes
+    return [f'--{key}={value}' for key, value in settings.items()]
+
+
+def command(*launcher, **changes):
+    launcher = launcher or (sys.executable,)
+    return [*launcher, str(ROOT / 'train.py'), *flags(**changes)]
+
+
+# sums in another order give other bits: a run is compared with one of as many threads
+ENV = os.environ | {'OMP_NUM_THREADS': str(torch.get_num_threads())}
+
+
+def log(out_dir='out/run'):
+    return [json.loads(line) for line in Path(out_dir, 'log.jsonl').read_text().splitlines()]
+
+
+def assert_same_run(a, b):
+    """Weights, optimizer, progress and metrics of two runs are equal, bit for bit, but for the time they took."""
+    a_state, b_state = (checkpoint.load(f'{run}/last.pt') for run in (a, b))
+    torch.testing.assert_close(a_state['model'], b_state['model'], rtol=0, atol=0)
+    torch.testing.assert_close(a_state['optimizer'], b_state['optimizer'], rtol=0, atol=0)
+    timeless = [{key: value for key, value in entry.items() if key not in ('seconds', 'tok_per_s', 'settings')}
+                for entry in (*log(a), a_state['progress'])]
+    assert timeless == [{key: value for key, value in entry.items() if key not in ('seconds', 'tok_per_s', 'settings')}
+                        for entry in (*log(b), b_state['progress'])]
+
+
+# ---- the learning rate
+
+@pytest.mark.parametrize('schedule, expected', [
+    ('wsd', {0: 0.1, 9: 1.0, 50: 1.0, 80: 1.0, 90: 0.5, 99: 0.05}),
+    ('linear', {0: 0.1, 9: 1.0, 54: (100 - 54) / 91, 99: 1 / 91}),
+    ('cosine', {0: 0.1, 9: 1.0, 99: 0.5 - 0.5 * math.cos(math.pi / 91)}),
+])
+def test_learning_rate_schedules(schedule, expected):
+    s = TrainSettings(max_iters=100, warmup_iters=9, learning_rate=1.0, schedule=schedule, decay_frac=0.2)
+    for step, lr in expected.items():
+        assert get_lr(step, s) == pytest.approx(lr), step
+
+
+def test_learning_rate_never_jumps():
+    for schedule in ('wsd', 'linear', 'cosine'):
+        s = TrainSettings(max_iters=1000, warmup_iters=100, learning_rate=1.0, min_lr=0.1, schedule=schedule)
+        rates = [get_lr(step, s) for step in range(1000)]
+        assert max(abs(a - b) for a, b in zip(rates, rates[1:])) < 0.011
+        assert 0.1 <= rates[-1] < 0.11 and max(rates) == 1.0
+
+
+def test_weight_decay_is_on_matrices_only():
+    from model import BitSkip, BitSkipConfig
+    model = BitSkip(BitSkipConfig.of(TINY | {'vocab_size': 7}))
+    decayed, others = train.make_optimizer(model, TrainSettings()).param_groups
+    assert decayed['weight_decay'] == 0.1 and all(p.dim() == 2 for p in decayed['params'])
+    assert others['weight_decay'] == 0 and all(p.dim() == 1 for p in others['params'])
+    assert len(decayed['params']) + len(others['params']) == len(list(model.parameters()))
+
+
+# ---- a run
+
+def test_a_run_learns_and_leaves_what_it_promises(text, capsys):
+    train.main(flags(max_iters=60, eval_interval=30))
+    out = capsys.readouterr().out
+    assert 'python sample.py --exit_layer 1' in out and 'python eval_exits.py' in out
+    first, *entries = log()
+    assert first['settings']['lambda_ee'] == 0.3
+    steps = [entry for entry in entries if 'ce' in entry]
+    assert [entry['iter'] for entry in steps] == list(range(1, 61))
+    assert steps[0]['ce'] == pytest.approx(math.log(256), abs=0.3)  # before learning: uniform
+    best = min(entry['val_loss'] for entry in entries if 'val_loss' in entry)
+    assert best < 4.0
+    model, settings = checkpoint.load_checkpoint('out/run/ckpt.pt')
+    assert settings['progress']['val_loss'] == best and settings['meta']['tokenizer'] == 'bytes'
+    from eval_exits import evaluate
+    from prepare import load_tokens
+    assert evaluate(model, load_tokens('data/text-bytes', 'val'), batch_size=2)[-1] == pytest.approx(best, abs=1e-6)
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+def test_resume_equals_uninterrupted_bit_for_bit(text, monkeypatch, dtype):
+    """Stopped in the middle of step 7's second micro-batch, then resumed: nothing tells the two runs apart."""
+    train.main(flags(out_dir='out/whole', dtype=dtype))
+    calls, get_batch = [], train.get_batch
+
+    def interrupted(*args):
+        calls.append(1)
+        if len(calls) == 2 * 6 + 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return get_batch(*args)
+    with monkeypatch.context() as patch:
+        patch.setattr(train, 'get_batch', interrupted)
+        train.main(flags(dtype=dtype))
+    assert checkpoint.load('out/run/last.pt')['progress']['iter'] == 6
+    train.main(['--out_dir=out/run', '--init_from=resume'])
+    assert_same_run('out/whole', 'out/run')
+
+
+def test_killed_run_leaves_a_loadable_checkpoint_and_resumes_exactly(text):
+    train.main(flags(out_dir='out/whole', max_iters=40))
+    process = subprocess.Popen(command(max_iters=40), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                               env=ENV)
+    deadline = time.time() + 60
+    while not os.path.exists('out/run/last.pt') and time.time() < deadline:
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    assert checkpoint.load('out/run/last.pt')['progress']['iter'] % 4 == 0
+    train.main(flags(max_iters=40, init_from='resume'))
+    assert_same_run('out/whole', 'out/run')
+
+
+def test_sigint_exits_cleanly(text):
+    process = subprocess.Popen(command(max_iters=100000), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.time() + 60
+    while not os.path.exists('out/run/last.pt') and time.time() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == 0 and 'Traceback' not in err and '--init_from=resume' in out
+    assert checkpoint.load('out/run/last.pt')['progress']['iter'] >= 4
+
+
+def test_two_processes_equal_one(text):
+    """DDP over gloo takes the same steps as one process, also when a rank skips a whole layer (batch of one, p = 0.7):
+    it does not hang, and a block that no sample used is left alone by the optimizer."""
+    changes = dict(batch_size=1, max_iters=8, skip_schedule='uniform')
+    train.main(flags(out_dir='out/one', **changes))
+    launcher = (sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2')
+    done = subprocess.run(command(*launcher, **changes), capture_output=True, text=True, timeout=120, env=ENV)
+    assert done.returncode == 0, done.stderr
+    one, two = (checkpoint.load(f'out/{run}/last.pt') for run in ('one', 'run'))
+    torch.testing.assert_close(one['model'], two['model'], rtol=1e-4, atol=1e-5)
+    for a, b in zip(log('out/one')[1:], log('out/run')[1:]):
+        assert a.keys() == b.keys()
+        assert a.get('total', a.get('val_loss')) == pytest.approx(b.get('total', b.get('val_loss')), rel=1e-4)
+
+
+def test_micro_batches_follow_from_seed_step_and_number_alone(text):
+    """What resuming and distribution rest on: the generator's earlier use leaves no trace in a micro-batch."""
+    def draw(step, micro, before):
+        torch.rand(before)
+        train.seed_microbatch(7, step, micro)
+        return torch.rand(4)
+    assert torch.equal(draw(3, 1, before=0), draw(3, 1, before=5))
+    others = [draw(step, micro, before=0) for step in range(20) for micro in range(4)]
+    assert len({tuple(other.tolist()) for other in others}) == 80
+
+
+def test_patience_stops_a_run_that_does_not_improve(text):
+    train.main(flags(learning_rate=0, patience=2, max_iters=40))
+    evaluations = [entry for entry in log() if 'val_loss' in entry]
+    assert [entry['iter'] for entry in evaluations] == [4, 8, 12]  # the first one is the best, two are no better
+
+
+def test_divergence_stops_with_step_checkpoint_and_advice(text):
+    with pytest.raises(UserError, match=r'step \d+: the loss is .*lower --learning_rate'):
+        train.main(flags(learning_rate=1e38, warmup_iters=0))
+    train.main(flags(out_dir='out/good', max_iters=4))
+    with pytest.raises(UserError, match='out/good/last.pt, is unharmed'):
+        train.main(['--out_dir=out/good', '--init_from=resume', '--max_iters=9', '--learning_rate=1e38'])
+    assert checkpoint.load('out/good/last.pt')['progress']['iter'] == 4
+
+
+def test_an_earlier_run_is_moved_aside_not_overwritten(text):
+    for seed in (1, 2, 3):
+        train.main(flags(seed=seed, max_iters=4))
+    seeds = {run: checkpoint.load(f'out/{run}/ckpt.pt')['settings']['seed'] for run in ('run.1', 'run.2', 'run')}
+    assert seeds == {'run.1': 1, 'run.2': 2, 'run': 3}
+
+
+# ---- a user's mistakes
+
+@pytest.mark.parametrize('changes, message', [
+    ({'init_from': 'resume'}, 'there is no checkpoint out/run/last.pt'),
+    ({'dataset': 'wikitxt2'}, 'wikitext2'),
+    ({'block_size': 100000}, 'too few for one window'),
+    ({'n_head': 5}, 'n_embd=32 must be n_head=5 times'),
+    ({'p_max': 1.5}, 'p_max is a probability'),
+    ({'batch_size': 0}, 'batch_size is at least 1'),
+    ({'device': 'cuda:77'}, "device 'cuda:77' is not available"),
+])
+def test_mistakes_are_told_in_one_sentence(text, changes, message):
+    with pytest.raises(UserError, match=message):
+        train.main(flags(**changes))
+    assert not os.path.exists('out/run')
+
+
+def test_resume_refuses_other_models_and_changed_data(text):
+    train.main(flags(max_iters=4))
+    with pytest.raises(UserError, match='does not fit these settings'):
+        train.main(['--out_dir=out/run', '--init_from=resume', '--n_embd=64'])
+    (text / 'text.txt').write_text('another text\n' * 1000)
+    with pytest.raises(UserError, match='the data have changed'):
+        train.main(['--out_dir=out/run', '--init_from=resume'])
+
+
+def test_command_line_mistake_exits_with_2_and_no_traceback(text):
+    done = subprocess.run(command(learning_rat=1), capture_output=True, text=True)
+    assert done.returncode == 2 and 'Traceback' not in done.stderr
+    assert done.stderr.startswith("error: unknown setting 'learning_rat'; did you mean learning_rate")
+
+
+def test_estimate_names_the_overlay(text, monkeypatch, capsys):
+    monkeypatch.setattr(train, 'estimate_hours', lambda s: 250.0)
+    train.main(flags(max_iters=4))
+    assert 'takes about 250 hours' in capsys.readouterr().out.split('preparing')[0]
+
+
+# ---- the configs
+
+@pytest.mark.parametrize('path', sorted((ROOT / 'config').glob('*.py')), ids=lambda path: path.stem)
+def test_every_config_is_short_and_valid(path):
+    """At most ten settings, an opening comment with its command, and a model that can be built."""
+    lines = path.read_text().splitlines()
+    settings = [line for line in lines if line and not line.startswith('#')]
+    assert 1 <= len(settings) <= 10
+    assert lines[0].startswith('# ') and f'config/{path.name}' in path.read_text()
+    s, _ = train.read_settings([str(path)])
+    with torch.device('meta'):
+        train.BitSkip(train.BitSkipConfig.of(vars(s)))
+
+
+def test_paper_configs_have_the_papers_parameter_counts():
+    counts = {}
+    for name in ('baseline', 'bitskip_h', 'bitskip_ee', 'bitskip_h_ee', 'tinystories_v1', 'tinystories_v2',
+                 'tinystories_v3', 'layerskip', 'llama3'):
+        s, _ = train.read_settings([str(ROOT / 'config' / f'{name}.py')])
+        with torch.device('meta'):
+            counts[name] = train.BitSkip(train.BitSkipConfig.of(vars(s))).quantizable_parameters()
+    assert set(list(counts.values())[:4]) == {34_603_008}
+    assert set(list(counts.values())[4:]) == {855_638_016}
