@@ -94,7 +94,7 @@ def steps(model, idx, max_new_tokens, temperature, top_k, last, exit_mode, exit_
         for _ in range(max_new_tokens):
             if cache.length + new.shape[1] > block_size:
                 cache, new = KVCache(model, len(idx)), context[:, -max(1, block_size // 2):]
-            if exit_mode is not None and new.shape[1] == 1:
+            if exit_mode is not None and cache.length:  # not the prompt
                 logits, layers = step_with_exits(model, new, cache, last, exit_mode, exit_threshold)
             else:
                 for h in model.hidden_states(new, last, cache):

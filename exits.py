@@ -73,10 +73,9 @@ class LinearCrossEntropy(torch.autograd.Function):
     CHUNK = 2 ** 25  # logits at a time: 128 MiB in float32
 
     @staticmethod
-    def forward(ctx, h, w, targets, weights):
+    def forward(ctx, h, w, targets, weights, needs_grad):
         device = h.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else h.dtype
-        needs_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         w_cast = w.to(dtype)
         total = torch.zeros((), device=h.device)
         grad_h, grad_w = (torch.empty_like(h), torch.zeros_like(w)) if needs_grad else (None, None)
@@ -99,7 +98,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_total):
         grad_h, grad_w = ctx.saved_tensors
-        return grad_h * grad_total, grad_w * grad_total, None, None
+        return grad_h * grad_total, grad_w * grad_total, None, None, None
 
 
 def linear_cross_entropy(h, w, targets, weights=None):
@@ -108,4 +107,5 @@ def linear_cross_entropy(h, w, targets, weights=None):
     h (N, C), w (V, C), targets (N,) int64, weights (N,) float32, by default 1/N each (the mean)."""
     if weights is None:
         weights = torch.full((len(h),), 1 / len(h), device=h.device)
-    return LinearCrossEntropy.apply(h, w, targets, weights)
+    needs_grad = torch.is_grad_enabled() and (h.requires_grad or w.requires_grad)
+    return LinearCrossEntropy.apply(h, w, targets, weights, needs_grad)

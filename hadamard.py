@@ -25,25 +25,26 @@ import torch.nn.functional as F
 def fwht(x):
     """Orthonormal Walsh-Hadamard transform of the last dimension (B3, B4): (..., n) -> (..., n), same dtype.
 
-    Any floating dtype, any leading shape, differentiable. ValueError if n is not a power of two."""
+    Any floating dtype (under autocast its matrix products are in bfloat16, as all are), any leading shape,
+    differentiable. ValueError if n is not a power of two."""
     n = require_pow2(x.shape[-1])
     log_n = n.bit_length() - 1
     a, b = 1 << log_n // 2, 1 << (log_n - log_n // 2)  # n = a b, as square as can be
-    X = x.reshape(-1, a, b)
-    Y = signs(a, x.dtype, x.device) @ (X @ signs(b, x.dtype, x.device))  # H_a X H_b, exact signs...
-    return (Y * n ** -0.5).reshape(x.shape)  # ...and one rounding for the scale
+    X = (x * n ** -0.5).reshape(-1, a, b)  # the scale first, so that no sum outgrows a 16-bit float
+    Y = signs(a, x.dtype, x.device) @ (X @ signs(b, x.dtype, x.device))  # H_a X H_b
+    return Y.reshape(x.shape)
 
 
 def fwht_butterfly(x):
     """The same transform by its definition (B4): log2(n) rounds of sums and differences."""
     n = require_pow2(x.shape[-1])
-    y, half = x, 1
+    y, half = x * n ** -0.5, 1
     while half < n:
         pairs = y.reshape(*x.shape[:-1], n // (2 * half), 2, half)
         top, bottom = pairs.unbind(dim=-2)
         y = torch.stack((top + bottom, top - bottom), dim=-2).reshape(x.shape)
         half *= 2
-    return y * n ** -0.5
+    return y
 
 
 def pad_to_pow2(x):

@@ -16,7 +16,7 @@ Paper B (1.06B) RMSNorm and SwiGLU. Norms and linears have no biases, which give
 Decoding, with its key-value cache, is in decode.py.
 """
 from dataclasses import asdict, dataclass, fields
-from typing import Literal
+from typing import Literal, get_args, get_origin, get_type_hints
 
 import torch
 import torch.nn as nn
@@ -61,6 +61,10 @@ class BitSkipConfig:
         def require(ok, message):
             if not ok:
                 raise ValueError(message)
+        for name, hint in get_type_hints(type(self)).items():
+            if get_origin(hint) is Literal:
+                require(getattr(self, name) in get_args(hint),
+                        f"{name} is one of {', '.join(map(repr, get_args(hint)))}, got {getattr(self, name)!r}")
         for name in ('vocab_size', 'block_size', 'n_layer', 'n_head', 'n_kv_head', 'n_embd', 'ffn_dim'):
             require(getattr(self, name) >= 1, f'{name} is at least 1, got {getattr(self, name)}')
         require(self.n_embd % (2 * self.n_head) == 0,
@@ -234,7 +238,7 @@ class BitSkip(nn.Module):
         h = self.exit_state(states.pop(), last)
         losses = None
         if targets is not None:
-            losses = self.losses(h, states if exit_layer is None else [], targets)
+            losses = self.losses(h, targets, earlier=states if exit_layer is None else None)
         return self.head(h) if return_logits else None, losses
 
     def hidden_states(self, idx, last=None, cache=None):
@@ -255,9 +259,9 @@ class BitSkip(nn.Module):
 
     def run_block(self, layer, h, rope, past=None):
         """h_{l-1} -> h_l. In training each sample skips the block with probability p_l: it passes through unchanged
-        (A5, B1), and costs nothing, because the block runs on the other samples alone."""
+        (A5, B1), and costs nothing, because the block runs on the other samples alone. With a cache nothing skips."""
         block, p = self.blocks[layer], self.skip_probabilities[layer]
-        if not self.training or p == 0:
+        if not self.training or p == 0 or past is not None:
             return block(h, rope, past)
         keep = (torch.rand(len(h)) >= p).nonzero().squeeze(1).to(h.device)  # the samples that do not skip
         if len(keep) == 0:
@@ -274,10 +278,11 @@ class BitSkip(nn.Module):
         is_exit = layer < self.config.n_layer - 1
         return h if is_exit and self.config.exit_norm == 'none' else self.norm(h)
 
-    def losses(self, h, earlier, targets):
+    def losses(self, h, targets, earlier=None):
         """A7: L = CE + lambda_ee L_ee + lambda_q L_quant + lambda_r L_route, as a dict of scalars.
 
-        h (B, T, C): the normed state of the exit in use; earlier: the states h_l before it, for A4 and A9."""
+        h (B, T, C): the normed state of the exit in use; earlier: the L-1 states h_l before it, for A4 and A9. Without
+        them CE is all."""
         config, W = self.config, self.head.weight
         zero = torch.zeros((), device=h.device)
         losses = {'ce': linear_cross_entropy(h.flatten(0, 1), W, targets.flatten()),
@@ -287,7 +292,7 @@ class BitSkip(nn.Module):
             n = targets.numel()
             weights = exit_weights(config.n_layer, config.ee_weighting).to(h.device).repeat_interleave(n) / n
             losses['ee'] = linear_cross_entropy(rows, W, targets.flatten().repeat(len(earlier)), weights)
-        if earlier and config.lambda_q:  # A8
+        if earlier is not None and config.lambda_q:  # A8
             losses['quant'] = quantization_loss(self)
         if earlier and config.lambda_r and self.gates:  # A9; "on average": the mean over tokens comes before the square
             p = self.gate_probabilities(earlier)

@@ -30,7 +30,7 @@ import torch.nn.functional as F
 
 from hadamard import fwht, next_pow2, pad_to_pow2
 
-EPS = 1e-5  # smallest max|x| and mean|W| that we divide by
+EPS = 1e-20  # smallest max|x| and mean|W| that we divide by: only zeros are below it
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -38,8 +38,9 @@ EPS = 1e-5  # smallest max|x| and mean|W| that we divide by
 
 def weight_ternary(w):
     """A1: w (out, in), floating -> codes (out, in) int8 in {-1, 0, 1}, scale () float32 = mean|w|."""
-    scale = w.detach().float().abs().mean().clamp(min=EPS)
-    codes = (w.detach() / scale).round_().clamp_(-1, 1).to(torch.int8)
+    w = w.detach().float()
+    scale = w.abs().mean().clamp(min=EPS)
+    codes = (w / scale).round_().clamp_(-1, 1).to(torch.int8)
     return codes, scale
 
 
@@ -94,7 +95,7 @@ class IntegerLinear(torch.autograd.Function):
         w_scale = torch.cat([scale.expand(rows) for scale, rows in zip(w_scale, ctx.rows)])  # (out,)
         ctx.save_for_backward(x_codes, x_scale, w_codes, w_scale)
         y = torch._int_mm(x_codes, w_codes.t()).float().mul_(x_scale).mul_(w_scale)  # (N, out)
-        return y.to(ctx.dtype).reshape(*x.shape[:-1], -1)
+        return y.to(ctx.dtype).reshape(*x.shape[:-1], len(w_codes))
 
     @staticmethod
     def backward(ctx, grad_y):
@@ -103,7 +104,8 @@ class IntegerLinear(torch.autograd.Function):
         w_hat = (w_codes * w_scale[:, None]).to(ctx.dtype)
         grad_x = g @ w_hat  # dL/dx = dL/dy W^
         grad_w = (g * x_scale.to(ctx.dtype)).t() @ x_codes.to(ctx.dtype)  # dL/dW = dL/dy^T x^
-        return grad_x.to(ctx.x_dtype).reshape(*grad_y.shape[:-1], -1), None, *grad_w.float().split(ctx.rows)
+        grad_x = grad_x.to(ctx.x_dtype).reshape(*grad_y.shape[:-1], x_codes.shape[-1])
+        return grad_x, None, *grad_w.float().split(ctx.rows)
 
 
 @functools.cache
@@ -205,20 +207,20 @@ def quantization_loss(model):
     W^ counts as a constant here: with its straight-through gradient the two would cancel to nothing."""
     errors = [(layer.weight - weight_ternary_ste(layer.weight).detach()).square().mean()
               for layer in bit_linears(model)]
-    return torch.stack(errors).mean() if errors else torch.zeros(())
+    return torch.stack(errors).mean() if errors else torch.zeros((), device=next(model.parameters()).device)
 
 
 @contextlib.contextmanager
 def latent_weights(model):
     """Inside this block the model computes with its latent weights W instead of W^ (Table A3, column "FP")."""
-    layers = bit_linears(model)
+    before = [(layer, layer.ternary) for layer in bit_linears(model)]
     try:
-        for layer in layers:
+        for layer, _ in before:
             layer.ternary = False
         yield model
     finally:
-        for layer in layers:
-            layer.ternary = True
+        for layer, ternary in before:
+            layer.ternary = ternary
 
 
 # ----------------------------------------------------------------------------------------------------------------------

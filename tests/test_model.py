@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 
 from decode import KVCache
+from exits import sample_exits
 from model import FFN, Attention, BitSkip, BitSkipConfig, rope_table, rotate
 from quant import BitLinear, HBitLinear
 
@@ -247,16 +248,15 @@ def test_a7_a_weight_of_zero_switches_its_loss_off(make_model, tokens, weight, l
                  rtol=1e-4, atol=1e-5)
 
 
-def test_a9_training_uses_sampled_exits(make_model, tokens):
-    """In training z ~ Bernoulli(p) takes the place of p (A6): the mean layer is that of whole tokens leaving."""
-    model, idx = make_model(lambda_q=0.0).train(), tokens()
-    torch.manual_seed(5)
+def test_a9_training_uses_sampled_exits(make_model, tokens, monkeypatch):
+    """In training z ~ Bernoulli(p) takes the place of p (A6): each token leaves at its first open gate, or at L-1."""
+    model, idx, samples = make_model(lambda_q=0.0).train(), tokens(), []
+    monkeypatch.setattr('model.sample_exits', lambda p: samples.append(sample_exits(p)) or samples[-1])
     route = model(idx, idx)[1]['route']
-    torch.manual_seed(5)
-    z = torch.bernoulli(model.gate_probabilities(list(model.hidden_states(idx))[:-1]))
+    z, = samples
     left_at = torch.where(z[..., 0] == 1, 0, torch.where(z[..., 1] == 1, 1, 2)).float()
+    assert left_at.unique().tolist() == [0, 1, 2]
     assert_close(route, (left_at.mean() - 1) ** 2)
-    assert any(p.grad is not None for p in model.gates.parameters()) is False
     route.backward()
     assert all(p.grad.any() for p in model.gates.parameters())
 
@@ -404,17 +404,14 @@ def test_dropout_is_off_in_eval(make_model, tokens):
 # ----------------------------------------------------------------------------------------------------------------------
 # the causality gate
 
-ARCHITECTURES = list(itertools.product(KINDS, ['layernorm', 'rmsnorm'], ['relu2', 'swiglu'], ['final', 'none']))
-
-
-@pytest.mark.parametrize('product', ['integer', 'fake'])
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
-@pytest.mark.parametrize('linear, norm, ffn, exit_norm', ARCHITECTURES)
-def test_causality(make_model, tokens, use_product, linear, norm, ffn, exit_norm, dtype, product):
+@pytest.mark.parametrize('exit_norm', ['final', 'none'])
+@pytest.mark.parametrize('ffn', ['relu2', 'swiglu'])
+@pytest.mark.parametrize('norm', ['layernorm', 'rmsnorm'])
+@pytest.mark.parametrize('linear, product', [('fp', ''), *itertools.product(KINDS[1:], ['integer', 'fake'])])
+def test_causality(make_model, tokens, use_product, linear, product, norm, ffn, exit_norm, dtype):
     """THE CAUSALITY GATE: token t changes no logit and no gate before t, not by a bit, at any exit. (The authors'
     attention sees the future, and a perplexity near 1 on anything is what comes of it.)"""
-    if linear == 'fp' and product == 'fake':
-        pytest.skip('no ternary product')
     use_product(product)
     model, idx = make_model(linear=linear, norm=norm, ffn=ffn, exit_norm=exit_norm), tokens(2, 8)
 
@@ -469,12 +466,12 @@ def test_causality_holds_for_gradients(make_model, tokens):
 # ----------------------------------------------------------------------------------------------------------------------
 # the entropy gate
 
-def train_on(stream, linear, steps=150, V=16, B=16, T=16):
+def train_on(stream, linear, V=16, B=16, T=16):
     """Train all exits of a small model on fresh text at every step; return its token losses on more of it, (L, N)."""
     model = BitSkip(BitSkipConfig(vocab_size=V, block_size=T, n_layer=2, n_head=2, n_kv_head=1, n_embd=32, ffn_dim=64,
                                   linear=linear, lambda_ee=0.3, p_max=0.5, gate_dim=4, target_exit=1))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    for _ in range(steps):
+    for _ in range(150):
         text = stream(B, T + 1, V)
         model(text[:, :-1], text[:, 1:], return_logits=False)[1]['total'].backward()
         optimizer.step()
@@ -503,7 +500,7 @@ def test_entropy(linear):
     losses = train_on(noise, linear)
     allowed = 5 * losses.std(dim=1) / losses.shape[1] ** 0.5
     assert (losses.mean(dim=1) >= math.log(16) - allowed).all()
-    assert (allowed < 0.1).all()  # a gate that lets 4% of ln V through is still a gate
+    assert (allowed < 0.02).all()
 
 
 @pytest.mark.parametrize('linear', KINDS)
@@ -513,8 +510,8 @@ def test_entropy_gate_can_fail(linear):
 
 
 def test_entropy_gate_notices_a_model_that_sees_the_future(monkeypatch):
-    """With attention to all tokens, as in the authors' code, noise is learnt: the next token is simply copied."""
+    """With attention to all tokens, as in the authors' code, the next token is simply copied, be it noise or not."""
     attention = F.scaled_dot_product_attention
     monkeypatch.setattr(F, 'scaled_dot_product_attention',
                         lambda *args, **options: attention(*args, **options | {'is_causal': False}))
-    assert train_on(noise, 'fp', steps=400).mean(dim=1)[-1] < 0.8 * math.log(16)
+    assert (train_on(noise, 'fp').mean(dim=1) < 0.4 * math.log(16)).all()

@@ -1,0 +1,280 @@
+"""Decoding: the key-value cache, sampling, and tokens that leave the model at different layers."""
+import pytest
+import torch
+from torch.testing import assert_close
+
+import decode
+from decode import KVCache, sample, stream
+
+KINDS = ['fp', 'bitlinear', 'hbitlinear']
+GREEDY = dict(temperature=0.0)
+
+
+@pytest.fixture
+def run(monkeypatch):
+    """run(model, idx, n, **options): tokens (B, n), layers (B, n) and logits (B, n, V) of a stream."""
+    def run(model, idx, n, **options):
+        seen, original = [], decode.sample
+        with monkeypatch.context() as patch:
+            patch.setattr(decode, 'sample', lambda logits, *rest: seen.append(logits) or original(logits, *rest))
+            new, layers = zip(*stream(model, idx, n, **options))
+        return torch.cat(new, dim=1), torch.stack(layers, dim=1), torch.stack(seen, dim=1)
+    return run
+
+
+def assert_near(a, b, tolerance=0.01):
+    """Equal up to what a rounding error of 1e-7 can become when it tips a quantizer over the edge between two codes."""
+    assert a.shape == b.shape and (a - b).norm() <= tolerance * b.norm(), (a - b).norm() / b.norm()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the cache
+
+@pytest.mark.parametrize('linear', KINDS)
+@pytest.mark.parametrize('exit_layer', [None, 0, 1])
+def test_cached_generation_equals_uncached(make_model, tokens, run, linear, exit_layer):
+    """Token by token, each the argmax of a pass over everything before it."""
+    model, idx = make_model(linear=linear), tokens(3, 5)
+    new, layers, logits = run(model, idx, 11, exit_layer=exit_layer, **GREEDY)
+    assert (layers == (2 if exit_layer is None else exit_layer)).all()
+    text = torch.cat((idx, new), dim=1)
+    for step in range(11):
+        expected = model(text[:, :5 + step], exit_layer=exit_layer)[0][:, -1]
+        assert_near(logits[:, step], expected, 1e-5 if linear == 'fp' else 0.01)
+        assert torch.equal(new[:, step], expected.argmax(dim=-1))
+
+
+@pytest.mark.parametrize('linear', KINDS)
+@pytest.mark.parametrize('chunks', [[12], [1] * 12, [5, 7], [3, 1, 6, 2]], ids=str)
+@pytest.mark.parametrize('exit_layer', [None, 0])
+def test_a_prompt_in_chunks_equals_one_pass(make_model, tokens, linear, chunks, exit_layer):
+    model, idx = make_model(linear=linear), tokens(2, 12)
+    cache = KVCache(model, 2)
+    logits = torch.cat([model(chunk, exit_layer=exit_layer, cache=cache)[0] for chunk in idx.split(chunks, 1)], dim=1)
+    assert cache.length == 12
+    assert_near(logits, model(idx, exit_layer=exit_layer)[0], 1e-5 if linear == 'fp' else 0.01)
+
+
+def test_a_cache_set_back_forgets(make_model, tokens):
+    """What was taken back leaves no trace: the next tokens are written over it."""
+    model, idx = make_model(linear='fp'), tokens(2, 10)
+    cache = KVCache(model, 2)
+    model(idx[:, :6], cache=cache)
+    model(tokens(2, 4, seed=9), cache=cache)
+    cache.length = 6
+    assert_near(model(idx[:, 6:], cache=cache)[0], model(idx)[0][:, 6:], 1e-5)
+
+
+def test_a_cache_cut_at_an_exit_refuses_deeper_use(make_model, tokens):
+    model = make_model()
+    cache = KVCache(model, 2)
+    model(tokens(2, 4), exit_layer=1, cache=cache)
+    with pytest.raises(ValueError, match='no keys for layer 2: its tokens left at layer 1'):
+        model(tokens(2, 1), cache=cache)
+    model(tokens(2, 1), exit_layer=1, cache=cache)  # as deep as before is fine, and so is less deep
+    model(tokens(2, 1), exit_layer=0, cache=cache)
+    with pytest.raises(ValueError, match='no keys for layer 1: its tokens left at layer 0'):
+        model(tokens(2, 1), exit_layer=1, cache=cache)
+
+
+def test_a_cache_is_not_larger_than_block_size(make_model, tokens):
+    model = make_model()
+    cache = KVCache(model, 2)
+    model(tokens(2, 16), cache=cache)
+    with pytest.raises(ValueError, match='17 tokens do not fit into block_size=16'):
+        model(tokens(2, 1), cache=cache)
+
+
+@pytest.mark.parametrize('exit_mode', [None, 'gate', 'confidence'])
+def test_generation_runs_under_autocast(make_model, tokens, run, exit_mode):
+    model = make_model(linear='hbitlinear')
+    with torch.autocast('cpu', torch.bfloat16):
+        new, _, logits = run(model, tokens(3, 4), 9, exit_mode=exit_mode, **GREEDY)
+        if exit_mode is None:
+            assert_near(logits[:, -1].float(), model(torch.cat((tokens(3, 4), new[:, :-1]), 1))[0][:, -1].float(), 0.1)
+    assert logits.isfinite().all()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# tokens that leave early
+
+def slow_exits(model, text, n_prompt, mode, threshold, last):
+    """The definition, for one text (T,) and without a cache: after the prompt, which runs in full, each token goes
+    through the blocks until its score exceeds the threshold, and the state that it then has is what later tokens attend
+    to at every block above. Returns the logits (T, V) and exit layers (T,)."""
+    inputs = [[] for _ in model.blocks]  # what each token shows to each block: (C,) each
+    all_logits, all_layers = [], []
+    for t, token in enumerate(text):
+        h, left_at = model.embedding(token), None
+        for layer, block in enumerate(model.blocks[:last + 1]):
+            inputs[layer].append(h)
+            if left_at is not None:
+                continue
+            h = block(torch.stack(inputs[layer])[None], model.rope(0, t + 1))[0, -1]  # attends to inputs[layer]
+            is_exit = layer < model.config.n_layer - 1
+            logits = model.head(h if is_exit and model.config.exit_norm == 'none' else model.norm(h))
+            if layer == last:
+                left_at = last
+            elif t >= n_prompt:
+                score = model.gates[layer](h) if mode == 'gate' else logits.softmax(-1).max()
+                left_at = layer if score > threshold else None
+        all_logits.append(logits)
+        all_layers.append(left_at)
+    return torch.stack(all_logits), torch.tensor(all_layers)
+
+
+@pytest.mark.parametrize('linear', KINDS)
+@pytest.mark.parametrize('mode, threshold', [('gate', 0.45), ('confidence', 0.2)])
+@pytest.mark.parametrize('last', [2, 3])
+@pytest.mark.parametrize('exit_norm', ['final', 'none'])
+def test_a6_exits_leave_no_holes_in_the_cache(make_model, tokens, run, linear, mode, threshold, last, exit_norm):
+    """Each sample of a batch leaves by itself, and attends to exactly what the slow definition says."""
+    model, idx = make_model(linear=linear, n_layer=4, exit_norm=exit_norm), tokens(6, 3)
+    new, layers, logits = run(model, idx, 12, exit_layer=last, exit_mode=mode, exit_threshold=threshold, **GREEDY)
+    assert len(layers.unique()) >= 3  # exits at many layers...
+    assert (layers.diff(dim=0) != 0).any()  # ...and not by all samples at once
+    with torch.no_grad():
+        for row in range(6):
+            text = torch.cat((idx[row], new[row, :-1]))
+            slow_logits, slow_layers = slow_exits(model, text, 3, mode, threshold, last)
+            assert torch.equal(layers[row], slow_layers[2:])
+            assert_near(logits[row], slow_logits[2:], 1e-5 if linear == 'fp' else 0.01)
+
+
+@pytest.mark.parametrize('mode', ['gate', 'confidence'])
+def test_a6_a_threshold_of_one_is_full_depth(make_model, tokens, run, mode):
+    model, idx = make_model(), tokens(3, 5)
+    full = run(model, idx, 20, **GREEDY)
+    never = run(model, idx, 20, exit_mode=mode, exit_threshold=1.0, **GREEDY)
+    assert torch.equal(full[0], never[0]) and (never[1] == 2).all()
+    assert_close(full[2], never[2])
+
+
+@pytest.mark.parametrize('mode', ['gate', 'confidence'])
+def test_a6_a_negative_threshold_leaves_at_once(make_model, tokens, run, mode):
+    """All but the prompt, which runs in full."""
+    layers = run(make_model(), tokens(3, 5), 8, exit_mode=mode, exit_threshold=-1.0)[1]
+    assert (layers[:, 0] == 2).all() and not layers[:, 1:].any()
+
+
+@pytest.mark.parametrize('n_prompt', [1, 2, 5])
+def test_a6_the_prompt_runs_in_full(make_model, tokens, run, n_prompt):
+    """Also a prompt of one token."""
+    layers = run(make_model(), tokens(2, n_prompt), 2, exit_mode='gate', exit_threshold=-1.0)[1]
+    assert layers.tolist() == [[2, 0]] * 2
+
+
+def test_exit_at_the_last_layer_is_full_depth(make_model, tokens, run):
+    model, idx = make_model(), tokens(3, 5)
+    for a, b in zip(run(model, idx, 8, exit_layer=2, **GREEDY), run(model, idx, 8, **GREEDY)):
+        assert torch.equal(a, b)
+
+
+def test_a6_samples_of_a_batch_do_not_touch_each_other(make_model, tokens, run):
+    model, idx = make_model(linear='fp', n_layer=4), tokens(4, 3)
+    options = dict(exit_mode='gate', exit_threshold=0.45, **GREEDY)
+    new, layers, logits = run(model, idx, 10, **options)
+    for row in range(4):
+        new_1, layers_1, logits_1 = run(model, idx[row:row + 1], 10, **options)
+        assert torch.equal(new_1[0], new[row]) and torch.equal(layers_1[0], layers[row])
+        assert_near(logits_1[0], logits[row], 1e-5)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# sampling
+
+def test_sample_with_temperature_zero_is_argmax():
+    logits = torch.randn(50, 9)
+    assert torch.equal(sample(logits, temperature=0), logits.argmax(dim=-1, keepdim=True))
+    assert torch.equal(sample(logits, temperature=1.0, top_k=1), logits.argmax(dim=-1, keepdim=True))
+
+
+@pytest.mark.parametrize('temperature', [0.5, 1.0, 2.0])
+@pytest.mark.parametrize('top_k', [None, 2, 5, 100])
+def test_sample_follows_the_softmax(temperature, top_k):
+    """Frequencies of 20,000 draws are within five standard errors of softmax(logits / temperature) over the top k."""
+    logits, n = torch.tensor([0.5, -1.0, 2.0, 0.1, -0.3, 1.2]), 20_000
+    p = torch.zeros(6)
+    top = logits.argsort(descending=True)[:top_k]
+    p[top] = (logits[top] / temperature).softmax(-1)
+    drawn = sample(logits.expand(n, 6), temperature, top_k)
+    frequency = torch.bincount(drawn.flatten(), minlength=6) / n
+    assert drawn.shape == (n, 1) and ((frequency - p).abs() <= 5 * (p * (1 - p) / n).sqrt()).all()
+
+
+def test_generated_tokens_obey_top_k(make_model, tokens, run):
+    new, _, logits = run(make_model(), tokens(20, 4), 10, top_k=3, temperature=5.0)
+    top3 = logits.topk(3, dim=-1).indices
+    assert (new[..., None] == top3).any(dim=-1).all()
+    assert (new != top3[..., 0]).any()
+
+
+def test_seeds(make_model, tokens):
+    model = make_model()
+    runs = [model.generate(tokens(), 12, generator=torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)]
+    assert torch.equal(runs[0], runs[1]) and not torch.equal(runs[0], runs[2])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the stream
+
+@pytest.mark.parametrize('exit_mode', [None, 'gate'])
+@pytest.mark.parametrize('n_prompt', [1, 7, 16, 40])
+def test_more_tokens_than_block_size(make_model, tokens, n_prompt, exit_mode):
+    idx = tokens(2, n_prompt)
+    out = make_model().generate(idx, 50, exit_mode=exit_mode)
+    assert out.shape == (2, n_prompt + 50) and torch.equal(out[:, :n_prompt], idx)
+
+
+def test_a_full_cache_starts_again_from_the_newer_half(make_model, tokens, run):
+    model, idx = make_model(linear='fp'), tokens(2, 10)
+    new, _, logits = run(model, idx, 20, **GREEDY)
+    text = torch.cat((idx, new), dim=1)
+    begin = 0
+    for step in range(20):
+        end = 10 + step  # logits[:, step] come from text[:, begin:end]
+        if end - begin > 16:
+            begin = end - 8
+        assert_near(logits[:, step], model(text[:, begin:end])[0][:, -1], 1e-5)
+    assert begin == 18  # after 9
+
+
+def test_block_size_of_one(make_model, tokens):
+    assert make_model(block_size=1).generate(tokens(2, 3), 4).shape == (2, 7)
+
+
+@pytest.mark.parametrize('options, message', [
+    (dict(temperature=-0.5), 'temperature'), (dict(top_k=0), 'top_k'), (dict(exit_layer=3), 'exit_layer=3'),
+    (dict(exit_layer=-1), 'exit_layer=-1'), (dict(exit_mode='entropy'), 'entropy')], ids=str)
+def test_stream_refuses(make_model, tokens, options, message):
+    with pytest.raises(ValueError, match=message):
+        stream(make_model(), tokens(), 3, **options)  # at once, not at the first token
+
+
+def test_stream_refuses_an_empty_prompt_and_gates_that_are_not_there(make_model, tokens):
+    with pytest.raises(ValueError, match='prompt is empty'):
+        stream(make_model(), tokens(2, 0), 3)
+    with pytest.raises(ValueError, match="no gates.*exit_mode='confidence'"):
+        stream(make_model(gate_dim=0), tokens(), 3, exit_mode='gate')
+    assert make_model(gate_dim=0).generate(tokens(2, 4), 3, exit_mode='confidence').shape == (2, 7)
+
+
+def test_generate_no_tokens(make_model, tokens):
+    assert torch.equal(make_model().generate(tokens(), 0), tokens())
+
+
+@pytest.mark.parametrize('training', [True, False])
+def test_stream_restores_training_mode(make_model, tokens, training):
+    """After the last token, and when the reader goes away before it; and it never skips layers in between."""
+    model = make_model(p_max=1.0, skip_schedule='uniform').train(training)
+    greedy = model.generate(tokens(), 6, **GREEDY)
+    assert model.training == training and torch.equal(greedy, make_model().generate(tokens(), 6, **GREEDY))
+    steps = stream(model, tokens(), 6)
+    next(steps)
+    steps.close()
+    assert model.training == training
+
+
+def test_stream_leaves_gradients_on_between_tokens(make_model, tokens):
+    for token, _ in stream(make_model(), tokens(), 3):
+        assert torch.is_grad_enabled() and not token.requires_grad

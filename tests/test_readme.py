@@ -1,0 +1,99 @@
+"""The README keeps its promises: every place it points to exists, every command it shows is understood."""
+import ast
+import re
+import shlex
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+import eval_exits
+import prepare
+import sample
+import train
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / 'README.md').read_text()
+SETTINGS = {'train.py': train.TrainSettings, 'sample.py': sample.SampleSettings, 'prepare.py': prepare.Settings,
+            'eval_exits.py': eval_exits.EvalSettings}
+WALKTHROUGH = [line for line in README.splitlines() if re.match(r'\| [^|]*(A\d|B\d)', line)]
+COMMANDS = [command for block in re.findall(r'```sh\n(.*?)```', README, re.S) for command in block.splitlines()]
+
+
+def names_in(path):
+    """Every function, class and method of a file, as `name` and `Class.method`."""
+    tree = ast.parse((ROOT / path).read_text())
+    top = [node for node in tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))]
+    inner = {f'{c.name}.{m.name}' for c in top if isinstance(c, ast.ClassDef) for m in c.body
+             if isinstance(m, ast.FunctionDef)}
+    return {node.name for node in top} | inner
+
+
+def pointers(text):
+    """All `file.py:name` in a text, tests being under tests/."""
+    for file, name in re.findall(r'`(\w+\.py):([\w.]+)`', text):
+        yield ('tests/' + file if file.startswith('test_') else file), name
+
+
+def test_walkthrough_covers_every_equation():
+    told = ' '.join(line.split('|')[1] for line in WALKTHROUGH)
+    assert {*re.findall(r'\b[AB]\d\b', told)} == {f'A{i}' for i in range(1, 10)} | {f'B{i}' for i in range(1, 8)}
+
+
+@pytest.mark.parametrize('line', WALKTHROUGH, ids=lambda line: line.split('|')[1].split(':')[0].strip())
+def test_walkthrough_row_resolves(line):
+    _, _, code, test, _, _ = re.split(r'(?<!\\)\|', line)
+    (path, name), (test_path, test_name) = next(pointers(code)), next(pointers(test))
+    assert name in names_in(path) and test_name in names_in(test_path)
+
+
+def test_every_pointer_resolves():
+    found = list(pointers(README))
+    assert len(found) > 40
+    for path, name in found:
+        assert name in names_in(path), (path, name)
+
+
+def test_every_file_exists():
+    named = {name.rstrip('/') for name in re.findall(r'`((?:config/|tests/|results/)?[\w.]+(?:\.py|\.txt|/))`', README)}
+    assert len(named) > 15
+    for name in named:
+        assert (ROOT / name).exists() or (ROOT / 'tests' / name).exists(), name
+
+
+@pytest.mark.parametrize('command', COMMANDS)
+def test_every_command_is_understood(command):
+    words = shlex.split(command.split('|')[-1].split('&&')[-1])
+    if 'pytest' in words:
+        return
+    script = next(word for word in words if word.endswith('.py'))
+    rest = words[words.index(script) + 1:]
+    for word in rest:
+        if word.startswith('--'):
+            assert word[2:].split('=')[0] in {field.name for field in fields(SETTINGS[script])}, word
+        elif word.endswith('.py'):
+            assert (ROOT / word).exists(), word
+
+
+def test_every_flag_in_the_text_exists():
+    known = {field.name for settings in SETTINGS.values() for field in fields(settings)}
+    for flag in re.findall(r'`--(\w+)', README):
+        assert flag in known | {'help'}, flag
+
+
+def test_requirements_are_the_named_packages():
+    named = {re.split('[= ]', line)[0] for line in (ROOT / 'requirements.txt').read_text().splitlines()}
+    assert named == {'torch', 'numpy', 'tiktoken', 'datasets', 'pytest', 'tqdm', 'matplotlib'}
+
+
+@pytest.mark.parametrize('script', SETTINGS)
+def test_help_lists_every_setting_with_its_comment(script, capsys, monkeypatch):
+    monkeypatch.setattr(sys, 'argv', [script])
+    module = {'train.py': train, 'sample.py': sample, 'prepare.py': prepare, 'eval_exits.py': eval_exits}[script]
+    with pytest.raises(SystemExit) as stop:
+        module.main(['--help'])
+    lines = capsys.readouterr().out.splitlines()
+    assert stop.value.code == 0
+    for field in fields(SETTINGS[script]):
+        assert any(re.match(rf'  --{field.name}=\S+\s+\S', line) for line in lines), field.name

@@ -1,0 +1,208 @@
+"""sample.py and eval_exits.py on a trained run, from the outside."""
+import inspect
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import checkpoint
+import eval_exits
+import sample
+import train
+from configurator import UserError
+from quant import weight_ternary
+
+ROOT = Path(__file__).resolve().parent.parent
+SETTINGS = dict(n_layer=4, n_head=2, n_kv_head=1, n_embd=32, ffn_dim=64, block_size=32, batch_size=4, target_exit=1,
+                gradient_accumulation_steps=1, max_iters=60, eval_interval=30, learning_rate=1e-2, linear='hbitlinear',
+                lambda_ee=0.3, p_max=0.5, device='cpu', dataset='text.txt', tokenizer='bytes', out_dir='out/run')
+
+
+@pytest.fixture(scope='module')
+def run(tmp_path_factory):
+    """The folder in which out/run was trained."""
+    folder = tmp_path_factory.mktemp('run')
+    (folder / 'text.txt').write_text(inspect.getsource(subprocess)[:20000])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        train.main([f'--{key}={value}' for key, value in SETTINGS.items()])
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def in_the_run(run, monkeypatch):
+    monkeypatch.chdir(run)
+
+
+def call(script, *flags, stdin=''):
+    return subprocess.run([sys.executable, str(ROOT / script), *flags], input=stdin, capture_output=True, text=True,
+                          timeout=60)
+
+
+# ---- sample.py
+
+def text_of(capsys, *flags):
+    sample.main(['--max_new_tokens=20', *flags])
+    return capsys.readouterr().out
+
+
+def test_sample_names_the_run_and_tells_speed_and_depth(capsys):
+    out = text_of(capsys, '--prompt=def ', '--exit_layer', '2')
+    assert out.startswith('run: out/run') and '\ndef ' in out
+    assert '20 tokens, ' in out and 'tokens/s, mean exit layer 2.00 of 0 to 3 (3.00 blocks)' in out
+
+
+def test_sample_greedy_text_is_the_models(capsys):
+    """What is printed is argmax after argmax of the uncached model."""
+    model, _ = checkpoint.load_checkpoint('out/run/ckpt.pt')
+    ids = list(b'def ')
+    for _ in range(12):
+        ids.append(model(torch.tensor([ids]))[0][0, -1].argmax().item())
+    out = text_of(capsys, '--prompt=def ', '--temperature=0', '--max_new_tokens=12')
+    assert bytes(ids).decode(errors='replace') in out
+
+
+def test_sample_seeds(capsys):
+    a, b, c = (text_of(capsys, '--prompt=x', f'--seed={seed}').split('tokens/s')[0].rsplit(',', 1)[0]
+               for seed in (1, 1, 2))
+    assert a == b != c
+
+
+def test_sample_prompt_from_file_and_stdin():
+    Path('prompt.txt').write_text('class Popen')
+    for flags, stdin in ((['--prompt_file=prompt.txt'], ''), (['--prompt_file=-'], 'class Popen')):
+        done = call('sample.py', '--max_new_tokens=3', *flags, stdin=stdin)
+        assert done.returncode == 0 and 'class Popen' in done.stdout
+
+
+def test_sample_says_that_it_crops(capsys):
+    out = text_of(capsys, f'--prompt={"a" * 40}')
+    assert 'the prompt has 40 tokens, the model sees 32: the first 8 are cropped' in out
+
+
+@pytest.mark.parametrize('mode', ['gate', 'confidence'])
+def test_sample_token_by_token_exits(capsys, mode):
+    shallow = text_of(capsys, f'--exit_mode={mode}', '--exit_threshold=0', '--prompt=x')
+    deep = text_of(capsys, f'--exit_mode={mode}', '--exit_threshold=1', '--prompt=x')
+    assert 'mean exit layer 0.00' in shallow and 'mean exit layer 3.00' in deep
+
+
+@pytest.mark.parametrize('flags, message', [
+    (['--exit_layer=4'], 'its 4 layers are 0 to 3'),
+    (['--exit_layer=-1'], 'its 4 layers are 0 to 3'),
+    (['--out_dir=out/nothing'], 'there is no checkpoint out/nothing/ckpt.pt'),
+    (['--prompt_file=nothing.txt'], 'there is no prompt file nothing.txt'),
+    (['--prompt=a', '--prompt_file=b'], 'choose one'),
+    (['--temperature=-1'], 'temperature is at least 0'),
+    (['--device=tpu'], "device 'tpu' is not available"),
+])
+def test_sample_mistakes_are_one_sentence(flags, message):
+    with pytest.raises(UserError, match=message):
+        sample.main(flags)
+
+
+def test_truncated_checkpoint_exits_with_2(run):
+    data = Path('out/run/ckpt.pt').read_bytes()
+    Path('out/cut').mkdir(exist_ok=True)
+    Path('out/cut/ckpt.pt').write_bytes(data[:len(data) // 2])
+    done = call('sample.py', '--out_dir=out/cut')
+    assert done.returncode == 2 and done.stderr.startswith('error: out/cut/ckpt.pt is damaged')
+    assert 'Traceback' not in done.stderr
+    Path('out/cut/ckpt.pt').unlink()
+
+
+# ---- eval_exits.py
+
+@pytest.fixture(scope='module')
+def report(run):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(run)
+        eval_exits.main(['--json=report.json'])
+    return json.loads((run / 'report.json').read_text())
+
+
+def test_report_has_what_others_read(report):
+    assert [(e['layer'], e['blocks']) for e in report['exits']] == [(0, 1), (1, 2), (2, 3), (3, 4)]
+    for e in report['exits']:
+        assert e['ppl'] == pytest.approx(math.exp(e['loss'])) and e['tok_per_s'] > 0
+        assert e['bits_per_byte'] == pytest.approx(e['loss'] / math.log(2), rel=1e-2)  # bytes: one end-of-text more
+    assert report['weights']['ternary']['loss'] == report['exits'][-1]['loss'] != report['weights']['latent']['loss']
+    assert set(report['stats']) == {'weights', 'parameters', 'activation_std', 'gates'}
+    assert Path('report.png').read_bytes().startswith(b'\x89PNG')
+
+
+def test_a5_losses_are_those_of_the_whole_split(report):
+    """Every token but the first is predicted once, and PPL is exp of the mean over tokens, not of batch means."""
+    from prepare import load_tokens
+    model, _ = checkpoint.load_checkpoint('out/run/ckpt.pt')
+    tokens = torch.from_numpy(load_tokens('data/text-bytes', 'val').astype('int64'))
+    assert (len(tokens) - 1) % 32 != 0  # so that there is a last, shorter window
+    for e in report['exits']:
+        losses = [F.cross_entropy(model(tokens[None, i:i + 32][:, :len(tokens) - 1 - i],
+                                        exit_layer=e['layer'])[0][0], tokens[i + 1:i + 33], reduction='none')
+                  for i in range(0, len(tokens) - 1, 32)]
+        assert e['loss'] == pytest.approx(torch.cat(losses).mean().item(), rel=1e-5)
+        assert len(torch.cat(losses)) == len(tokens) - 1
+    batchings = [eval_exits.evaluate(model, tokens.numpy().astype('uint16'), batch_size=b)[-1] for b in (1, 3, 64)]
+    assert batchings == pytest.approx([report['exits'][-1]['loss']] * 3, rel=1e-5)
+
+
+def test_a3_latent_weights_are_those_of_the_optimizer(report):
+    """The latent loss is that of the same model whose ternary layers compute with W (activations still quantized)."""
+    from prepare import load_tokens
+    from quant import activation_quant, bit_linears
+    model, _ = checkpoint.load_checkpoint('out/run/ckpt.pt')
+    for layer in bit_linears(model):
+        def forward(x, layer=layer):
+            codes, scale = activation_quant(layer.prepare(x), 8)
+            return F.linear(codes * scale, layer.weight)
+        layer.forward, layer.ternary = forward, False
+    loss = eval_exits.evaluate(model, load_tokens('data/text-bytes', 'val'))[-1]
+    assert report['weights']['latent']['loss'] == pytest.approx(loss, rel=1e-5)
+
+
+def test_a4_weight_statistics(report):
+    model, _ = checkpoint.load_checkpoint('out/run/ckpt.pt')
+    codes, scales = zip(*(weight_ternary(layer.weight) for layer in model.linears()))
+    every = torch.cat([c.flatten() for c in codes])
+    ours = report['stats']['weights']
+    assert ours['mean_scale'] == pytest.approx(torch.stack(scales).mean().item())
+    assert [ours[key] for key in ('minus', 'sparsity', 'plus')] == pytest.approx(
+        [(every == code).float().mean().item() for code in (-1, 0, 1)])
+    assert ours['high_sparsity_matrices'] == sum((c == 0).sum().item() * 2 > c.numel() for c in codes)
+
+
+def test_parameter_breakdown_adds_up(report):
+    model, _ = checkpoint.load_checkpoint('out/run/ckpt.pt')
+    counts = dict(report['stats']['parameters'])
+    assert counts.pop('total') == sum(counts.values()) == sum(p.numel() for p in model.parameters())
+    assert sum(n for name, n in counts.items() if 'quantizable' in name) == model.quantizable_parameters()
+
+
+def test_activation_std_and_gates(report):
+    """B Fig. 1 and A6: measured anew from hidden states, over the windows that the report used."""
+    from prepare import load_tokens
+    model, _ = checkpoint.load_checkpoint('out/run/ckpt.pt')
+    tokens = load_tokens('data/text-bytes', 'val')
+    batches = [idx for idx, _ in eval_exits.windows(tokens, 32, 8)][:8]
+    with torch.no_grad():
+        states = [list(model.hidden_states(idx)) for idx in batches]
+        p = torch.cat([model.gate_probabilities(s[:-1]).flatten(0, 1) for s in states])
+    for layer in range(4):
+        std = torch.cat([s[layer].flatten() for s in states]).std(correction=0).item()
+        assert report['stats']['activation_std'][layer] == pytest.approx(std, rel=1e-4)
+    left = [next((layer for layer in range(3) if row[layer] > 0.5), 3) for row in p]
+    gates = report['stats']['gates']
+    assert gates['mean_exit_layer'] == pytest.approx(sum(left) / len(left), rel=1e-5)
+    assert gates['leaving_share'] == pytest.approx([left.count(layer) / len(left) for layer in range(4)])
+
+
+def test_eval_finds_the_newest_run_and_needs_a_split_that_exists():
+    done = call('eval_exits.py', '--split=test')
+    assert done.returncode == 2 and 'run: out/run' in done.stdout
+    assert done.stderr.startswith('error: ') and 'no test split' in done.stderr
