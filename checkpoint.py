@@ -12,13 +12,13 @@ so a checkpoint from a stranger cannot run code.
 import contextlib
 import glob
 import os
-import pickle
 import zipfile
 
 import torch
 
 from configurator import UserError
 from model import BitSkip, BitSkipConfig
+from packed import load_packed
 
 
 @contextlib.contextmanager
@@ -56,12 +56,15 @@ def save(path, checkpoint):
 def load(path, device='cpu'):
     """The dict that `save` wrote, on `device`. UserError if the file is missing, damaged, or something else."""
     if not os.path.isfile(path):
-        raise UserError(f'there is no checkpoint {path}; python train.py config/bitskip_h_ee.py config/cpu.py makes one')
+        raise UserError(f'there is no checkpoint {path}; '
+                        'python train.py config/bitskip_h_ee.py config/cpu.py makes one')
     try:
+        with zipfile.ZipFile(path) as archive:  # torch's format is a zip archive, with a checksum of every tensor
+            if archive.testzip():
+                raise zipfile.BadZipFile('a checksum is wrong')
         checkpoint = torch.load(path, map_location=device, weights_only=True)
-    except (RuntimeError, EOFError, ValueError, KeyError, TypeError, AttributeError, pickle.UnpicklingError,
-            zipfile.BadZipFile) as error:
-        raise UserError(f'{path} is damaged or not a checkpoint ({str(error).splitlines()[0][:80]}); '
+    except Exception as error:  # reading arbitrary bytes can fail in any way
+        raise UserError(f'{path} is damaged or not a checkpoint ({" ".join(str(error).split())[:80]}); '
                         'copy it again or train anew') from None
     expected = {'model', 'settings', 'meta', 'progress'}
     if not isinstance(checkpoint, dict) or not expected <= checkpoint.keys():
@@ -72,7 +75,10 @@ def load(path, device='cpu'):
 def build_model(checkpoint, path):
     """The BitSkip model that a checkpoint holds, in eval mode. UserError if its parts do not fit together."""
     try:
-        model = BitSkip(BitSkipConfig.of(checkpoint['settings']))
+        config = BitSkipConfig.of(checkpoint['settings'])
+        if checkpoint.get('packed'):
+            return load_packed(config, checkpoint['model'])
+        model = BitSkip(config)
         model.load_state_dict(checkpoint['model'])
     except (RuntimeError, ValueError, TypeError, AttributeError) as error:
         raise UserError(f'{path} is a checkpoint of another model ({" ".join(str(error).split())[:120]})') from None

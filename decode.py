@@ -11,6 +11,8 @@ a hole, and what a token costs above its exit is 1/12 of a block (Paper A's shap
     exit_mode = 'gate'          at the first l with p_l > threshold (A6)
     exit_mode = 'confidence'    at the first l where the largest softmax probability is > threshold (CALM)
 """
+from collections import deque
+
 import torch
 import torch.nn.functional as F
 
@@ -22,9 +24,9 @@ class KVCache:
     pass that was cut at an exit_layer leaves out the layers above, and these cannot be used any more (ValueError)."""
 
     def __init__(self, model, batch_size):
-        config, weight = model.config, model.embedding.weight
+        config = model.config
         shape = (config.n_layer, batch_size, config.n_kv_head, config.block_size, config.n_embd // config.n_head)
-        self.k = torch.zeros(shape, device=weight.device, dtype=weight.dtype)
+        self.k = torch.zeros(shape, device=model.device)
         self.v = torch.zeros_like(self.k)
         self.length, self.depth = 0, config.n_layer
 
@@ -97,8 +99,7 @@ def steps(model, idx, max_new_tokens, temperature, top_k, last, exit_mode, exit_
             if exit_mode is not None and cache.length:  # not the prompt
                 logits, layers = step_with_exits(model, new, cache, last, exit_mode, exit_threshold)
             else:
-                for h in model.hidden_states(new, last, cache):
-                    pass
+                h = deque(model.hidden_states(new, last, cache), maxlen=1).pop()  # the last one
                 logits = model.head(model.exit_state(h[:, -1], last))
                 layers = torch.full((len(idx),), last, device=idx.device)
             new = sample(logits, temperature, top_k, generator)
@@ -134,7 +135,7 @@ def step_with_exits(model, idx, cache, last, mode, threshold):
 
 
 def exit_score(model, h, layer, mode):
-    """How ready the states h (B, C) after block `layer` are to leave: (B,) in (0, 1), to be held against a threshold."""
+    """How ready the states h (B, C) after block `layer` are to leave: (B,) in (0, 1), to hold against a threshold."""
     if mode == 'gate':
         return model.gates[layer](h)  # A6
     return F.softmax(model.head(model.exit_state(h, layer)).float(), dim=-1).amax(dim=-1)  # CALM

@@ -24,14 +24,17 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 
 import checkpoint
 from configurator import configure, run
 from decode import stream
-from exits import expected_exit_layer, linear_cross_entropy
+from exits import expected_exit_layer
 from prepare import load_meta, load_tokens, prepare
-from quant import bit_linears, latent_weights, weight_ternary
+from quant import bit_linears, latent_weights
 from runtime import keep_freed_memory, pick_device
+
+ROWS = 512  # logits of so many tokens at a time
 
 # What the papers report. Paper A's four cells are named (Hadamard, early exit).
 PAPER_A3 = {(False, False): (228.76, 451.03), (True, False): (185.45, 389.65),  # PPL: "FP" (latent), 1.58-bit
@@ -63,17 +66,18 @@ def evaluate(model, tokens, layers=None, batch_size=16, processes=None):
     model.eval()
     layers = [model.config.n_layer - 1] if layers is None else layers
     rank, world = (processes.rank, processes.world) if processes else (0, 1)
-    device = model.head.weight.device
+    device = model.device
     sums = torch.zeros(len(layers) + 1, dtype=torch.float64)
     for i, (idx, targets) in enumerate(windows(tokens, model.config.block_size, batch_size)):
         if i % world != rank:
             continue
         targets = targets.flatten().to(device)
-        ones = torch.ones(len(targets), device=device)
         for layer, h in enumerate(model.hidden_states(idx.to(device), max(layers))):
             if layer in layers:
                 rows = model.exit_state(h, layer).flatten(0, 1)
-                sums[layers.index(layer)] += linear_cross_entropy(rows, model.head.weight, targets, ones).item()
+                for chunk, target in zip(rows.split(ROWS), targets.split(ROWS)):
+                    loss = F.cross_entropy(model.head(chunk).float(), target, reduction='sum')
+                    sums[layers.index(layer)] += loss.item()
         sums[-1] += len(targets)
     if processes:
         sums = processes.sum(sums.float().to(device) if device.type == 'mps' else sums.to(device)).cpu()
@@ -96,7 +100,7 @@ def bits_per_byte(loss, meta, split='val'):
 def measure_speed(model, layers, tokens, n_tokens=32, rounds=3):
     """Greedy decoding speed, batch 1, at each of `layers`: list of tokens/s. The exits take turns, and the median of
     their rounds counts, because a machine's speed drifts."""
-    prompt = torch.from_numpy(tokens[:8].astype('int64'))[None].to(model.head.weight.device)
+    prompt = torch.from_numpy(tokens[:8].astype('int64'))[None].to(model.device)
     seconds = {layer: [] for layer in layers}
     for _ in range(rounds):
         for layer in layers:
@@ -114,7 +118,7 @@ def weight_statistics(model):
     layers = bit_linears(model)
     if not layers:
         return None
-    codes, scales = zip(*(weight_ternary(layer.weight) for layer in layers))
+    codes, scales = zip(*(layer.ternary() for layer in layers))
     total = sum(c.numel() for c in codes)
     return {'mean_scale': statistics.mean(scale.item() for scale in scales),
             'sparsity': sum((c == 0).sum().item() for c in codes) / total,
@@ -125,7 +129,8 @@ def weight_statistics(model):
 
 def parameter_breakdown(model):
     """Paper A's appendix: parameters by component, {name: count}."""
-    size = lambda module: sum(p.numel() for p in module.parameters())
+    def size(module):
+        return sum(p.numel() for p in module.parameters())
     counts = {'token embedding': size(model.embedding)}
     for block in model.blocks:
         for part in (block.attn, block.ffn):
@@ -143,7 +148,7 @@ def parameter_breakdown(model):
 def activation_and_gate_statistics(model, tokens, threshold=0.5, batches=8, batch_size=8):
     """Standard deviation of h_l (B Fig. 1) and, if the model has gates, what they decide at `threshold` (A6, A9), over
     the first `batches` batches of windows."""
-    n_layer, device = model.config.n_layer, model.head.weight.device
+    n_layer, device = model.config.n_layer, model.device
     sums, squares, count, gates = torch.zeros(n_layer), torch.zeros(n_layer), 0, []
     for i, (idx, _) in enumerate(windows(tokens, model.config.block_size, batch_size)):
         if i == batches:

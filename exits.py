@@ -5,6 +5,7 @@ Block l of L leaves a hidden state h_l; logits_l = head(norm(h_l)) may be read o
 what is specific to that, as pure functions of their arguments (nothing here has a state that resuming could forget):
 
     A4, B6   L_ee = sum_{l < L-1} w_l CE(logits_l, next token), sum w_l = 1      exit_weights, linear_cross_entropy
+             LayerSkip's curricula over training steps                           curriculum_weights
     A5, B2   block l is skipped with probability p_max (l / (L-1))^2             skip_probabilities
     A6       p_l = sigmoid(W2 ReLU(W1 norm(h_l)))                                Gate, sample_exits
     A9       L_route = (E - l*)^2, E = sum_l l p_l prod_{j<l} (1 - p_j)          expected_exit_layer
@@ -23,6 +24,20 @@ def exit_weights(n_layer, weighting):
     layers = torch.arange(n_layer - 1, dtype=torch.float32)
     weights = {'early': n_layer - layers, 'late': layers + 1}[weighting]
     return weights / weights.sum()
+
+
+def curriculum_weights(weights, curriculum, step, max_iters):
+    """The exit weights (L-1,) of one training step under LayerSkip's curricula: some set to 0, the rest sum to 1.
+
+    'none': all exits in every step. 'rotational': one exit a step, in turn. 'gradual': the deepest exit first, then one
+    more, towards the input, every max_iters / 2(L-1) steps, so that all are on in the second half."""
+    n = len(weights)
+    layers = torch.arange(n)
+    if curriculum == 'rotational':
+        weights = weights * (layers == step % max(1, n))
+    elif curriculum == 'gradual':
+        weights = weights * (layers >= n - 1 - step * 2 * n // max_iters)
+    return weights / weights.sum() if n else weights
 
 
 def skip_probabilities(n_layer, p_max, schedule='quadratic', normalize=False):

@@ -48,6 +48,8 @@ class BitSkipConfig:
     dropout: float = 0.0  # on attention weights and residual branches
     lambda_ee: float = 0.0  # weight of the early-exit loss (A7); 0.3 where exits are trained
     ee_weighting: Literal['early', 'late'] = 'early'  # early exits count more (A4) or late ones (B6)
+    ee_positions: Literal['all', 'sampled'] = 'all'  # sampled: each exit learns from its own 1/(L-1) of the tokens
+    ee_curriculum: Literal['none', 'rotational', 'gradual'] = 'none'  # LayerSkip: exits in turn, or more and more
     exit_norm: Literal['final', 'none'] = 'final'  # exits read norm(h_l) with the final norm, or raw h_l
     p_max: float = 0.0  # layer skipping: the largest probability (A5); 0.7 in Paper A, 0.5 in Paper B
     skip_schedule: Literal['quadratic', 'linear', 'exp', 'uniform'] = 'quadratic'  # growth over depth (A5)
@@ -223,13 +225,14 @@ class BitSkip(nn.Module):
                 into_residual = name.endswith(('attn.o.weight', 'ffn.down.weight'))
                 parameter.normal_(std=0.02 * ((2 * self.config.n_layer) ** -0.5 if into_residual else 1))
 
-    def forward(self, idx, targets=None, exit_layer=None, cache=None, return_logits=True):
+    def forward(self, idx, targets=None, exit_layer=None, cache=None, return_logits=True, ee_weights=None):
         """Next-token logits at an exit and, given targets, the losses of A7.
 
         idx (B, T) int64; targets (B, T) int64, already shifted: targets[:, t] is the token after idx[:, t].
         exit_layer: run blocks 0 ... exit_layer only (default: all L). cache: a decode.KVCache to continue.
         Returns logits (B, T, V), and None or a dict of scalars: total, ce, ee, quant, route. With an exit_layer the
         losses are that exit's ce alone. `return_logits=False` returns None for them, which saves their memory.
+        ee_weights (L-1,) float32: the w_l of A4 in this step (default: those of ee_weighting; 0 turns an exit off).
         ValueError if exit_layer is not a layer, or the tokens do not fit into block_size."""
         last = self.require_layer(exit_layer)
         states = []
@@ -238,7 +241,7 @@ class BitSkip(nn.Module):
         h = self.exit_state(states.pop(), last)
         losses = None
         if targets is not None:
-            losses = self.losses(h, targets, earlier=states if exit_layer is None else None)
+            losses = self.losses(h, targets, states if exit_layer is None else None, ee_weights)
         return self.head(h) if return_logits else None, losses
 
     def hidden_states(self, idx, last=None, cache=None):
@@ -278,7 +281,7 @@ class BitSkip(nn.Module):
         is_exit = layer < self.config.n_layer - 1
         return h if is_exit and self.config.exit_norm == 'none' else self.norm(h)
 
-    def losses(self, h, targets, earlier=None):
+    def losses(self, h, targets, earlier=None, ee_weights=None):
         """A7: L = CE + lambda_ee L_ee + lambda_q L_quant + lambda_r L_route, as a dict of scalars.
 
         h (B, T, C): the normed state of the exit in use; earlier: the L-1 states h_l before it, for A4 and A9. Without
@@ -287,11 +290,10 @@ class BitSkip(nn.Module):
         zero = torch.zeros((), device=h.device)
         losses = {'ce': linear_cross_entropy(h.flatten(0, 1), W, targets.flatten()),
                   'ee': zero, 'quant': zero, 'route': zero}
-        if earlier and config.lambda_ee:  # A4: all exits as one batch of rows
-            rows = torch.cat([self.exit_state(state, 0).flatten(0, 1) for state in earlier])  # ((L-1) B T, C)
-            n = targets.numel()
-            weights = exit_weights(config.n_layer, config.ee_weighting).to(h.device).repeat_interleave(n) / n
-            losses['ee'] = linear_cross_entropy(rows, W, targets.flatten().repeat(len(earlier)), weights)
+        if earlier and config.lambda_ee:  # A4
+            if ee_weights is None:
+                ee_weights = exit_weights(config.n_layer, config.ee_weighting)
+            losses['ee'] = self.exit_loss(earlier, targets.flatten(), ee_weights.tolist())
         if earlier is not None and config.lambda_q:  # A8
             losses['quant'] = quantization_loss(self)
         if earlier and config.lambda_r and self.gates:  # A9; "on average": the mean over tokens comes before the square
@@ -302,9 +304,31 @@ class BitSkip(nn.Module):
                  + config.lambda_r * losses['route'])
         return {'total': total, **losses}
 
+    def exit_loss(self, states, targets, weights):
+        """A4, B6: sum_l w_l CE of exit l, of all exits as one batch of rows: states L-1 times (B, T, C), targets (B T,).
+
+        ee_positions='sampled' deals the tokens out to the exits at random, so that each exit learns from its own share
+        of them. The mean over a random share is an unbiased estimate of the mean over all, and all exits together cost
+        what one costs."""
+        exits = [layer for layer, weight in enumerate(weights) if weight]
+        if self.config.ee_positions == 'sampled':
+            shares = torch.randperm(len(targets)).to(targets.device).tensor_split(len(exits))
+            rows = [states[layer].flatten(0, 1)[share] for layer, share in zip(exits, shares)]
+        else:
+            shares = [torch.arange(len(targets), device=targets.device)] * len(exits)
+            rows = [states[layer].flatten(0, 1) for layer in exits]
+        rows = torch.cat([self.exit_state(row, layer) for row, layer in zip(rows, exits)])
+        row_weights = torch.cat([torch.full((len(share),), weights[layer] / max(1, len(share)), device=rows.device)
+                                 for layer, share in zip(exits, shares)])
+        return linear_cross_entropy(rows, self.head.weight, targets[torch.cat(shares)], row_weights)
+
     def gate_probabilities(self, states):
         """A6 at every exit: list of (B, T, C) -> (B, T, L-1)."""
         return torch.stack([gate(h) for gate, h in zip(self.gates, states)], dim=-1)
+
+    @property
+    def device(self):
+        return self.rope_cos.device
 
     def require_layer(self, layer):
         """`layer`, or the last one for None. ValueError if the model has no such layer."""
@@ -321,7 +345,7 @@ class BitSkip(nn.Module):
 
     def quantizable_parameters(self):
         """How many weights the blocks' projections hold: those that a ternary model stores in 1.58 bits."""
-        return sum(layer.weight.numel() for layer in self.linears())
+        return sum(layer.in_features * layer.out_features for layer in self.linears())
 
     def settings(self):
         return asdict(self.config)

@@ -108,6 +108,14 @@ class IntegerLinear(torch.autograd.Function):
         return grad_x, None, *grad_w.float().split(ctx.rows)
 
 
+def product(x_codes, x_scale, w_codes, w_scale):
+    """x^ W^T from codes, no gradient: (..., in), (..., 1), (out, in), () -> (..., out) float32."""
+    if not int8_fits(x_codes, w_codes):
+        return F.linear(x_codes * x_scale, w_codes * w_scale)
+    y = torch._int_mm(x_codes.reshape(-1, x_codes.shape[-1]), w_codes.t())
+    return y.reshape(*x_codes.shape[:-1], len(w_codes)).float().mul_(x_scale * w_scale)
+
+
 @functools.cache
 def int8_support(device_type):
     """(True, how) if this kind of device has a fast exact int8 product, else (False, why not)."""
@@ -135,7 +143,7 @@ class BitLinear(nn.Module):
     """y = Q_b(norm(x)) W^T (A1, A2): (..., in_features) -> (..., out_features), no bias.
 
     act_bits: 4 or 8. linear_norm: 'none', 'layernorm' or 'rmsnorm', without parameters.
-    `weight` (out, in) is the latent weight, float32. `ternary = False` computes with it instead of W^."""
+    `weight` (out, in) is the latent weight, float32. `latent = True` computes with it instead of W^."""
 
     def __init__(self, in_features, out_features, act_bits=8, linear_norm='none'):
         super().__init__()
@@ -145,16 +153,11 @@ class BitLinear(nn.Module):
             raise ValueError(f"linear_norm is 'none', 'layernorm' or 'rmsnorm', got {linear_norm!r}")
         self.in_features, self.out_features = in_features, out_features
         self.act_bits, self.linear_norm = act_bits, linear_norm
-        self.ternary = True
+        self.latent = False
         self.weight = nn.Parameter(torch.randn(out_features, in_features) * 0.02)
 
     def forward(self, x):
-        x = self.prepare(x)
-        if not self.ternary:
-            return F.linear(activation_quant_ste(x, self.act_bits), self.weight)
-        if int8_fits(x, self.weight):
-            return IntegerLinear.apply(x, self.act_bits, self.weight)
-        return fake_quant_linear(x, self.weight, self.act_bits)
+        return project(x, [self])[0]
 
     def prepare(self, x):
         """What happens to x before its quantization."""
@@ -163,6 +166,21 @@ class BitLinear(nn.Module):
         if self.linear_norm == 'rmsnorm':
             return F.rms_norm(x, x.shape[-1:])
         return x
+
+    def freeze(self):
+        """For inference: keep the ternary codes (out, in) int8 and their scale, and forget the latent weight."""
+        codes, scale = self.ternary()
+        del self.weight
+        self.register_buffer('codes', codes)
+        self.register_buffer('scale', scale)
+
+    @property
+    def frozen(self):
+        return 'codes' in self._buffers
+
+    def ternary(self):
+        """codes (out, in) int8 and scale () float32 of W^."""
+        return (self.codes, self.scale) if self.frozen else weight_ternary(self.weight)
 
     def extra_repr(self):
         return f'{self.in_features}, {self.out_features}, act_bits={self.act_bits}, linear_norm={self.linear_norm}'
@@ -190,10 +208,18 @@ def make_linear(kind, in_features, out_features, act_bits=8, linear_norm='none')
 def project(x, layers):
     """[layer(x) for layer in layers], for layers of one kind and one input: x is transformed and quantized once."""
     first = layers[0]
-    if isinstance(first, BitLinear) and first.ternary and all(int8_fits(x, layer.weight) for layer in layers):
-        y = IntegerLinear.apply(first.prepare(x), first.act_bits, *(layer.weight for layer in layers))
+    if not isinstance(first, BitLinear):
+        return [layer(x) for layer in layers]
+    x, bits = first.prepare(x), first.act_bits
+    if first.frozen:
+        quantized = activation_quant(x, bits)
+        return [product(*quantized, *layer.ternary()).to(x.dtype) for layer in layers]
+    if first.latent:
+        return [F.linear(activation_quant_ste(x, bits), layer.weight) for layer in layers]
+    if all(int8_fits(x, layer.weight) for layer in layers):
+        y = IntegerLinear.apply(x, bits, *(layer.weight for layer in layers))
         return y.split([layer.out_features for layer in layers], dim=-1)
-    return [layer(x) for layer in layers]
+    return [fake_quant_linear(x, layer.weight, bits) for layer in layers]
 
 
 def bit_linears(model):
@@ -213,20 +239,20 @@ def quantization_loss(model):
 @contextlib.contextmanager
 def latent_weights(model):
     """Inside this block the model computes with its latent weights W instead of W^ (Table A3, column "FP")."""
-    before = [(layer, layer.ternary) for layer in bit_linears(model)]
+    before = [(layer, layer.latent) for layer in bit_linears(model)]
     try:
         for layer, _ in before:
-            layer.ternary = False
+            layer.latent = True
         yield model
     finally:
-        for layer, ternary in before:
-            layer.ternary = ternary
+        for layer, latent in before:
+            layer.latent = latent
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # storage
 #
-# Five ternary digits (trits) to a byte, because 3^5 = 243 <= 256: 1.6 bits a weight, where log2(3) = 1.585 is the limit.
+# Five ternary digits (trits) to a byte, because 3^5 = 243 <= 256: 1.6 bits a weight; log2(3) = 1.585 is the limit.
 # Each row is packed on its own; byte j of a row holds columns 5j ... 5j+4, the first as the lowest digit:
 #
 #     byte = (c0 + 1) + 3 (c1 + 1) + 9 (c2 + 1) + 27 (c3 + 1) + 81 (c4 + 1)        c in {-1, 0, 1}, byte in 0...242

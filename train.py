@@ -16,7 +16,6 @@ import math
 import os
 import shutil
 import signal
-import sys
 import time
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields
@@ -31,6 +30,7 @@ from tqdm import tqdm
 import checkpoint
 from configurator import UserError, configure, run
 from eval_exits import bits_per_byte, evaluate, perplexity
+from exits import curriculum_weights, exit_weights
 from model import BitSkip, BitSkipConfig
 from prepare import load_meta, load_tokens, prepare
 from quant import int8_support
@@ -286,6 +286,7 @@ class Run:
         self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
         micros = range(self.rank, s.gradient_accumulation_steps, self.world)  # this process's share
+        ee_weights = curriculum_weights(exit_weights(s.n_layer, s.ee_weighting), s.ee_curriculum, step, s.max_iters)
         total = 0
         for micro in micros:
             seed_microbatch(s.seed, step, micro)
@@ -293,7 +294,7 @@ class Run:
             synchronize = self.world == 1 or micro == micros[-1]  # exchange gradients once a step
             with nullcontext() if synchronize else self.module.no_sync():
                 with autocast(self.device, s.dtype):
-                    _, losses = self.module(idx, targets, return_logits=False)
+                    _, losses = self.module(idx, targets, return_logits=False, ee_weights=ee_weights)
                 (losses['total'] / len(micros)).backward()
             total = total + torch.stack([loss.detach() for loss in losses.values()])
         total = self.processes.sum(total) / s.gradient_accumulation_steps
@@ -304,8 +305,8 @@ class Run:
             return
         saved = self.path('last.pt')
         keep = f'the last good state, {saved}, is unharmed' if os.path.exists(saved) else 'nothing was saved yet'
-        raise UserError(f'step {step}: the loss is {loss}, its gradient {grad_norm}: training has diverged; {keep}; try '
-                        f'a lower --learning_rate than {self.s.learning_rate:g}, a longer --warmup_iters or a '
+        raise UserError(f'step {step}: the loss is {loss}, its gradient {grad_norm}: training has diverged; {keep}; '
+                        f'try a lower --learning_rate than {self.s.learning_rate:g}, a longer --warmup_iters or a '
                         'smaller --grad_clip')
 
     def evaluate_and_save(self):
@@ -388,8 +389,8 @@ def main(argv):
     s, saved = read_settings(argv)
     keep_freed_memory()
     if pick_device(s.device).type == 'cpu' and (hours := estimate_hours(s)) > 1 and 'RANK' not in os.environ:
-        print(f'on this CPU the whole run takes about {hours:,.0f} hours; config/cpu.py shrinks any recipe to minutes:\n'
-              f'  python train.py {" ".join(argv)} config/cpu.py')
+        print(f'on this CPU the whole run takes about {hours:,.0f} hours; config/cpu.py shrinks any recipe to '
+              f'minutes:\n  python train.py {" ".join(argv)} config/cpu.py')
     training = Run(s)
     if saved:
         training.resume(saved)
@@ -397,9 +398,10 @@ def main(argv):
         training.start()
     training.processes.barrier()
     fast, how = int8_support(training.device.type)
-    n = sum(p.numel() for p in training.model.parameters())
-    training.say(f'{s.out_dir}: {s.linear}, {n / 1e6:.1f}M parameters ({training.model.quantizable_parameters() / 1e6:.1f}M '
-                 f'quantizable), {s.n_layer} layers, on {training.device}, {s.dtype}; '
+    millions = sum(p.numel() for p in training.model.parameters()) / 1e6
+    quantizable = training.model.quantizable_parameters() / 1e6
+    training.say(f'{s.out_dir}: {s.linear}, {millions:.1f}M parameters ({quantizable:.1f}M quantizable), '
+                 f'{s.n_layer} layers, on {training.device}, {s.dtype}; '
                  + (how if fast else f'fake quantization in floats, since {how}'))
     finished = training.train()
     progress = training.progress

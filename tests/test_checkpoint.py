@@ -21,14 +21,19 @@ def path(tmp_path):
     return str(tmp_path / 'run' / 'ckpt.pt')
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+def read(path):
+    with open(path, 'rb') as file:
+        return file.read()
+
+
+# --------------------------------------------------------------------------------------------------------------------
 # atomic_write
 
 def test_atomic_write_makes_the_folder_and_leaves_one_file(path):
     for content in (b'old', b'new'):
         with atomic_write(path) as file:
             file.write(content)
-        assert open(path, 'rb').read() == content
+        assert read(path) == content
         assert os.listdir(os.path.dirname(path)) == ['ckpt.pt']
 
 
@@ -49,7 +54,7 @@ def test_atomic_write_interrupted_leaves_what_was_there(path, error, before):
         file.write(b'half of the new')
         raise error
     assert os.listdir(os.path.dirname(path)) == (['ckpt.pt'] if before else [])
-    assert not before or open(path, 'rb').read() == before
+    assert not before or read(path) == before
 
 
 def test_atomic_write_shows_nothing_before_its_end(path):
@@ -59,7 +64,7 @@ def test_atomic_write_shows_nothing_before_its_end(path):
         assert not os.path.exists(path)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------------------------
 # round trips
 
 def test_load_checkpoint_gives_the_same_model(checkpoint, path, make_model, tokens):
@@ -78,7 +83,7 @@ def test_load_returns_what_save_wrote(checkpoint, path):
     assert all(torch.equal(loaded['model'][name], p) for name, p in checkpoint['model'].items())
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------------------------
 # files that are something else
 
 def test_missing_file(path):
@@ -95,6 +100,19 @@ def test_truncated_file(checkpoint, path, share):
         load(path)
 
 
+def test_file_with_a_flipped_bit(checkpoint, path):
+    """In the middle of a weight, where nothing but a checksum can notice it."""
+    save(path, checkpoint)
+    content = bytearray(read(path))
+    weight = checkpoint['model']['head.weight'].numpy().tobytes()
+    content[content.index(weight) + len(weight) // 2] ^= 64
+    with atomic_write(path) as file:
+        file.write(content)
+    with pytest.raises(UserError, match=f'{path} is damaged'):
+        load(path)
+
+
+@pytest.mark.filterwarnings('ignore:Detected pickle protocol')
 @pytest.mark.parametrize('content', [b'hello world\n', b'\x89PNG\r\n\x1a\n', b'{"a": 1}', b'\n', b'...', b'\x80\x02.',
                                      pickle.dumps([1, 2]), pickle.dumps('text')], ids=repr)
 def test_file_that_is_not_a_checkpoint(path, content):
@@ -108,7 +126,7 @@ def test_file_that_is_not_a_checkpoint(path, content):
 def test_file_of_another_program(checkpoint, path, missing):
     del checkpoint[missing]
     save(path, checkpoint)
-    with pytest.raises(UserError, match='is not a BitSkip checkpoint: it should hold meta, model, progress, settings'):
+    with pytest.raises(UserError, match='not a BitSkip checkpoint: it should hold meta, model, progress, settings'):
         load(path)
 
 
@@ -120,6 +138,7 @@ class Bomb:
         return os.mkdir, (self.mark,)
 
 
+@pytest.mark.filterwarnings('ignore:Detected pickle protocol')
 @pytest.mark.parametrize('write', [torch.save, pickle.dump], ids=['torch', 'pickle'])
 def test_file_that_would_run_code_is_refused_unrun(checkpoint, path, tmp_path, write):
     mark = tmp_path / 'mark'
@@ -141,15 +160,16 @@ def test_checkpoint_of_another_model(checkpoint, path, settings):
         build_model(checkpoint, path)
 
 
-@pytest.mark.parametrize('part, value', [('model', {}), ('model', []), ('model', {'head.weight': 1}), ('settings', None),
-                                         ('settings', {'vocab_size': 'many'})], ids=str)
+@pytest.mark.parametrize('part, value', [
+    ('model', {}), ('model', []), ('model', {'head.weight': 1}), ('settings', None),
+    ('settings', {'vocab_size': 'many'})], ids=str)
 def test_checkpoint_with_broken_parts(checkpoint, path, part, value):
     save(path, checkpoint | {part: value})
     with pytest.raises(UserError, match='is a checkpoint of another model'):
         load_checkpoint(path)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------------------------
 # find_run
 
 def test_find_run(checkpoint, tmp_path, monkeypatch, capsys):

@@ -86,7 +86,7 @@ def test_b3_spreads_an_outlier_evenly():
 
 @pytest.mark.parametrize('n', [256, 1024])
 def test_b3_noise_of_bfloat16_is_small_beside_the_quantizers(n):
-    """Under autocast the transform runs in bfloat16. Its rounding must not show beside that of 8 bits, which follows."""
+    """Under autocast the transform runs in bfloat16. Its rounding must not show beside that of the 8 bits to come."""
     x = torch.randn(64, n)
     with torch.autocast('cpu', torch.bfloat16):
         noise = (fwht(x).float() - fwht_butterfly(x)).square().mean()

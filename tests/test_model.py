@@ -1,4 +1,4 @@
-"""The model: sizes, losses (A7 and its parts), exits, skipping, and the two gates that keep the future out of sight."""
+"""The model: sizes, losses (A7 and its parts), exits, skipping, and two gates that keep the future out of sight."""
 import contextlib
 import itertools
 import math
@@ -13,7 +13,7 @@ from torch.testing import assert_close
 
 from decode import KVCache
 from exits import sample_exits
-from model import FFN, Attention, BitSkip, BitSkipConfig, rope_table, rotate
+from model import BitSkip, BitSkipConfig, rope_table, rotate
 from quant import BitLinear, HBitLinear
 
 PAPER_B = dict(n_layer=24, n_embd=2048, n_head=32, n_kv_head=8, ffn_dim=4096, ffn='swiglu', norm='rmsnorm',
@@ -27,17 +27,18 @@ def precision(dtype):
 
 def all_exits(model, idx, cache=None):
     """Logits at every exit, (L, B, T, V)."""
-    return torch.stack([model.head(model.exit_state(h, l)) for l, h in enumerate(model.hidden_states(idx, cache=cache))])
+    states = enumerate(model.hidden_states(idx, cache=cache))
+    return torch.stack([model.head(model.exit_state(h, layer)) for layer, h in states])
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------------------------
 # sizes
 
-@pytest.mark.parametrize('settings, quantizable, total', [(dict(), 34_603_008, 86.3e6),
-                                                          (PAPER_B, 855_638_016, 1.061e9)], ids=['paper A', 'paper B'])
+@pytest.mark.parametrize('settings, quantizable, total', [
+    (dict(), 34_603_008, 86.3e6), (PAPER_B, 855_638_016, 1.061e9)], ids=['paper A', 'paper B'])
 @pytest.mark.parametrize('kind', KINDS)
 def test_parameter_counts_of_the_papers(settings, quantizable, total, kind):
-    """Table 1 and the appendix of Paper A, Table 2 of Paper B; all widths are powers of two, so Hadamard adds none."""
+    """Table 1 and the appendix of Paper A, Table 2 of Paper B. Widths are powers of two, so Hadamard adds nothing."""
     with torch.device('meta'):
         model = BitSkip(BitSkipConfig(**settings, linear=kind))
     assert model.quantizable_parameters() == quantizable
@@ -68,9 +69,9 @@ def test_a3_hadamard_layers(make_model, where, transformed):
 
 @pytest.mark.parametrize('wrong', [
     dict(vocab_size=0), dict(block_size=0), dict(n_layer=0), dict(n_head=0), dict(n_kv_head=0), dict(n_embd=0),
-    dict(ffn_dim=0), dict(n_embd=36, n_head=8), dict(n_embd=8, n_head=8), dict(n_head=8, n_kv_head=3), dict(act_bits=6),
-    dict(p_max=-0.1), dict(p_max=1.1), dict(p_max=math.nan), dict(dropout=1.0), dict(gate_dim=-1), dict(lambda_ee=-1.0),
-    dict(lambda_q=-1.0), dict(lambda_r=math.nan)], ids=str)
+    dict(ffn_dim=0), dict(n_embd=36, n_head=8), dict(n_embd=8, n_head=8), dict(n_head=8, n_kv_head=3),
+    dict(act_bits=6), dict(p_max=-0.1), dict(p_max=1.1), dict(p_max=math.nan), dict(dropout=1.0), dict(gate_dim=-1),
+    dict(lambda_ee=-1.0), dict(lambda_q=-1.0), dict(lambda_r=math.nan)], ids=str)
 def test_config_refuses(wrong):
     with pytest.raises(ValueError, match=list(wrong)[0]):
         BitSkipConfig(**wrong)
@@ -93,7 +94,7 @@ def test_config_of_larger_settings():
     assert len(CHOICES) > 5 and set(CHOICES) < {field.name for field in fields(BitSkipConfig)}
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------------------------
 # parts
 
 def test_rope_depends_on_relative_positions_only():
@@ -152,16 +153,17 @@ def test_ffn_is_the_formula(make_model, ffn, sub_norm, norm):
 
 
 def test_subln_and_gates_are_optional(make_model):
-    names = {sub: [n for n, _ in make_model(sub_norm=sub).named_parameters() if 'sub_norm' in n] for sub in (True, False)}
-    assert len(names[True]) == 2 * 3 and not names[False]
+    for sub_norm, count in ((True, 2 * 3), (False, 0)):
+        names = [name for name, _ in make_model(sub_norm=sub_norm).named_parameters()]
+        assert sum('sub_norm' in name for name in names) == count
     assert len(make_model(gate_dim=8).gates) == 2 and len(make_model(gate_dim=0).gates) == 0
 
 
 def test_init_scales_down_what_writes_to_the_residual_stream():
-    model = BitSkip(BitSkipConfig(vocab_size=500, n_layer=8, n_embd=128, ffn_dim=256))
+    model = BitSkip(BitSkipConfig(vocab_size=500, n_layer=8, n_embd=128, ffn_dim=256, gate_dim=0))
     for name, p in model.named_parameters():
         expected = 0.02 / 4 if name.endswith(('attn.o.weight', 'ffn.down.weight')) else 0.02  # 4 = sqrt(2 L)
-        assert (p == 1).all() if p.dim() == 1 else p.numel() < 1000 or p.std().item() == pytest.approx(expected, rel=0.1)
+        assert (p == 1).all() if p.dim() == 1 else p.std().item() == pytest.approx(expected, rel=0.1)
 
 
 def test_both_products_make_the_same_model(make_model, tokens, use_product):
@@ -172,7 +174,7 @@ def test_both_products_make_the_same_model(make_model, tokens, use_product):
     assert (logits['integer'] - logits['fake']).norm() < 0.01 * logits['fake'].norm()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------------------------
 # the forward contract and the losses
 
 @pytest.mark.parametrize('training', [True, False])
@@ -204,8 +206,8 @@ def reference_losses(model, idx, targets):
         h = states[layer] if c.exit_norm == 'none' and layer < L - 1 else model.norm(states[layer])
         return F.cross_entropy(model.head(h).flatten(0, 1), targets.flatten())
 
-    w = [L - l if c.ee_weighting == 'early' else l + 1 for l in range(L - 1)]
-    ee = sum(w_l / sum(w) * ce(l) for l, w_l in enumerate(w))  # A4, B6
+    w = [L - layer if c.ee_weighting == 'early' else layer + 1 for layer in range(L - 1)]
+    ee = sum(w_l / sum(w) * ce(layer) for layer, w_l in enumerate(w))  # A4, B6
 
     matrices = [layer.weight for layer in model.linears() if isinstance(layer, BitLinear)]
     quant = 0
@@ -275,7 +277,7 @@ def test_a_diverged_model_has_nan_losses(make_model, tokens):
     assert model(tokens(), tokens())[1]['total'].isnan()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------------------------
 # exits
 
 @pytest.mark.parametrize('kind', KINDS)
@@ -313,7 +315,7 @@ def test_more_tokens_than_block_size(make_model, tokens):
         model(tokens(1, 17))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------------------------
 # skipping
 
 def rows_run(model):
@@ -327,7 +329,7 @@ def rows_run(model):
 @pytest.mark.parametrize('layer', [0, 1])
 def test_a5_skipping_a_layer_is_removing_it(make_model, tokens, layer):
     model, idx = make_model(linear='fp').train(), tokens()
-    model.skip_probabilities = [float(l == layer) for l in range(3)]
+    model.skip_probabilities = [float(i == layer) for i in range(3)]
     skipped = model(idx)[0]
     del model.blocks[layer]
     model.config.n_layer, model.skip_probabilities = 2, [0.0, 0.0]
@@ -335,7 +337,7 @@ def test_a5_skipping_a_layer_is_removing_it(make_model, tokens, layer):
 
 
 def test_a5_each_sample_skips_alone_unchanged_and_for_free(make_model, tokens):
-    """A block runs on the samples that do not skip it; the others keep their very bits; about p_l of all are others."""
+    """A block runs on the samples that do not skip it; the others keep their very bits, and are about p_l of all."""
     model, idx = make_model(linear='fp', n_layer=4, p_max=0.9, skip_schedule='linear').train(), tokens(400, 2)
     rope, rows = model.rope(0, 2), rows_run(model)
     before = model.embedding(idx)
@@ -401,7 +403,7 @@ def test_dropout_is_off_in_eval(make_model, tokens):
     assert not torch.equal(model(idx)[0], model(idx)[0])
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------------------------
 # the causality gate
 
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
@@ -463,7 +465,7 @@ def test_causality_holds_for_gradients(make_model, tokens):
     assert grad[0, :4].any(dim=-1).all() and not grad[0, 4:].any()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------------------------
 # the entropy gate
 
 def train_on(stream, linear, V=16, B=16, T=16):
@@ -495,8 +497,8 @@ def counting(B, T, V):
 def test_entropy(linear):
     """THE ENTROPY GATE: fresh i.i.d. uniform tokens cannot be predicted, so no exit ever gets below ln V.
 
-    The tolerance: whatever the model predicts, it does so without knowing the target, so its expected loss is at least
-    ln V (Gibbs). The mean over N tokens lies around that with standard error std / sqrt(N); five of them are allowed."""
+    The tolerance: whatever the model predicts, it does so without knowing the target, so its expected loss is at
+    least ln V (Gibbs). The mean over N tokens has the standard error std / sqrt(N); five of these are allowed."""
     losses = train_on(noise, linear)
     allowed = 5 * losses.std(dim=1) / losses.shape[1] ** 0.5
     assert (losses.mean(dim=1) >= math.log(16) - allowed).all()
