@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
-from exits import (Gate, LinearCrossEntropy, exit_weights, expected_exit_layer, linear_cross_entropy, sample_exits,
+from exits import (Gate, LinearCrossEntropy, curriculum_weights, exit_weights, expected_exit_layer, linear_cross_entropy, sample_exits,
                    skip_probabilities)
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -25,6 +25,23 @@ def test_a4_b6_exit_weights(L, weighting, ratios):
 
 def test_a4_one_layer_has_no_early_exits():
     assert exit_weights(1, 'early').shape == (0,)
+
+
+@pytest.mark.parametrize('curriculum, step, expected', [
+    ('none', 77, [3 / 6, 2 / 6, 1 / 6]),
+    ('rotational', 0, [1, 0, 0]), ('rotational', 1, [0, 1, 0]), ('rotational', 5, [0, 0, 1]),
+    ('gradual', 0, [0, 0, 1]), ('gradual', 16, [0, 0, 1]), ('gradual', 17, [0, 2 / 3, 1 / 3]),
+    ('gradual', 34, [3 / 6, 2 / 6, 1 / 6]), ('gradual', 99, [3 / 6, 2 / 6, 1 / 6])])
+def test_a4_curricula_by_hand(curriculum, step, expected):
+    """Of 100 steps. What is on sums to 1, so the loss keeps its weight lambda_ee."""
+    weights = torch.tensor([3 / 6, 2 / 6, 1 / 6])
+    assert_close(curriculum_weights(weights, curriculum, step, max_iters=100), torch.tensor(expected).float())
+
+
+def test_a4_curricula_of_a_model_without_early_exits():
+    for curriculum in ('none', 'rotational', 'gradual'):
+        assert curriculum_weights(exit_weights(1, 'early'), curriculum, 3, 10).shape == (0,)
+
 
 
 # --------------------------------------------------------------------------------------------------------------------

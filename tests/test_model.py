@@ -241,6 +241,28 @@ def test_a7_losses_and_gradients_are_the_formulas(make_model, tokens, kind, ee_w
             assert_close(a, b, rtol=1e-3, atol=1e-5)
 
 
+def test_a4_sampled_exits_are_unbiased_in_loss_and_gradient(make_model, tokens):
+    """Each exit learns from its own random share of the tokens; the mean over many draws is A4 on all of them, to four
+    standard errors, and no draw is."""
+    exact, sampled = make_model(lambda_ee=1.0), make_model(lambda_ee=1.0, ee_positions='sampled')
+    idx, targets = tokens(4, 8), tokens(4, 8, seed=1)
+
+    def loss_and_gradient(model):
+        loss = model(idx, targets)[1]['ee']
+        return torch.cat((loss[None], torch.autograd.grad(loss, model.blocks[0].attn.v.weight)[0].flatten())).detach()
+    expected, draws = loss_and_gradient(exact), torch.stack([loss_and_gradient(sampled) for _ in range(400)])
+    error = (draws.mean(dim=0) - expected) / (draws.std(dim=0) / 20 + 1e-9)
+    assert error[0].abs() < 4 and error.square().mean() < 1.5
+    assert (draws[:, 0] != expected[0]).all()
+
+
+def test_a4_exits_of_weight_zero_are_off(make_model, tokens):
+    model = make_model(lambda_ee=0.3)
+    logits = all_exits(model, tokens())[1].flatten(0, 1)
+    ee = model(tokens(), tokens(seed=1), ee_weights=torch.tensor([0.0, 1.0]))[1]['ee']
+    assert_close(ee, F.cross_entropy(logits, tokens(seed=1).flatten()))
+
+
 @pytest.mark.parametrize('weight, loss', [('lambda_ee', 'ee'), ('lambda_q', 'quant'), ('lambda_r', 'route')])
 def test_a7_a_weight_of_zero_switches_its_loss_off(make_model, tokens, weight, loss):
     on, off = (make_model(**dict(lambda_ee=0.3, lambda_q=0.05, lambda_r=0.2) | change)(tokens(), tokens(seed=1))[1]
