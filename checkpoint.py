@@ -59,10 +59,12 @@ def load(path, device='cpu'):
         raise UserError(f'there is no checkpoint {path}; '
                         'python train.py config/bitskip_h_ee.py config/cpu.py makes one')
     try:
-        with zipfile.ZipFile(path) as archive:  # torch's format is a zip archive, with a checksum of every tensor
+        with zipfile.ZipFile(path) as archive:  # torch's format: an archive with a checksum for every tensor
             if archive.testzip():
                 raise zipfile.BadZipFile('a checksum is wrong')
         checkpoint = torch.load(path, map_location=device, weights_only=True)
+    except PermissionError:
+        raise
     except Exception as error:  # reading arbitrary bytes can fail in any way
         raise UserError(f'{path} is damaged or not a checkpoint ({" ".join(str(error).split())[:80]}); '
                         'copy it again or train anew') from None
@@ -75,6 +77,8 @@ def load(path, device='cpu'):
 def build_model(checkpoint, path):
     """The BitSkip model that a checkpoint holds, in eval mode. UserError if its parts do not fit together."""
     try:
+        if not isinstance(checkpoint['settings'], dict):
+            raise TypeError('its settings are not a dict')
         config = BitSkipConfig.of(checkpoint['settings'])
         if checkpoint.get('packed'):
             return load_packed(config, checkpoint['model'])

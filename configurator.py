@@ -12,9 +12,10 @@ and `configure(Settings, sys.argv[1:])` fills one in from the command line:
 
     python train.py config/bitskip_h_ee.py config/cpu.py --seed=7 --compile
 
-Config files are plain Python, run in order, each seeing the settings so far (`ffn_dim = 4 * n_embd` works);
-flags come on top. What differs from nanoGPT: a dataclass instead of globals, so that the type of every value is
-checked against its annotation, and `--help` is generated from the comments.
+Config files are plain Python, run in order, each seeing the settings so far (`ffn_dim = 4 * n_embd` works; a name
+of its own starts with an underscore). Flags come on top, wherever they stand. What differs from nanoGPT: a dataclass
+instead of globals, so that the type of every value is checked against its annotation, and `--help` is generated from
+the comments.
 """
 import dataclasses
 import difflib
@@ -23,8 +24,12 @@ import os
 import re
 import sys
 import textwrap
+import traceback
 import types
 import typing
+
+
+BOOLS = {'true': True, 'yes': True, 'on': True, '1': True, 'false': False, 'no': False, 'off': False, '0': False}
 
 
 class UserError(Exception):
@@ -58,25 +63,36 @@ def configure(cls, argv, base=None):
         sys.exit(0)
     hints = typing.get_type_hints(cls)
     values = {field.name: field.default for field in dataclasses.fields(cls)} | dict(base or {})
-    argv = list(argv)
-    while argv:
-        arg = argv.pop(0)
+    files, flags = split_arguments(argv, hints)
+    for file in files:
+        for key, value in read_config(file, values).items():
+            values[key] = convert(key, value, hints, where=f'{file}: ')
+    for key, text in flags:
+        values[key] = convert(key, text, hints, where='--', from_text=True)
+    return cls(**values)
+
+
+def split_arguments(argv, hints):
+    """Config files, and (key, text) of the flags --key=value, --key value, and --key alone for a bool."""
+    files, flags, rest = [], [], list(argv)
+    while rest:
+        arg = rest.pop(0)
         if not arg.startswith('--'):
-            for key, value in read_config(arg, values).items():
-                values[key] = convert(key, value, hints, where=f'{arg}: ')
+            files.append(arg)
             continue
         key, equals, text = arg[2:].partition('=')
         key = key.replace('-', '_')
-        require_known(key, values)
-        if not equals:  # --key value; a bool may stand alone
-            if argv and not argv[0].startswith('--'):
-                text = argv.pop(0)
-            elif hints[key] is bool:
-                text = 'true'
+        require_known(key, hints)
+        if not equals:
+            follows = rest and not rest[0].startswith('--')
+            if hints[key] is bool:
+                text = rest.pop(0) if follows and rest[0].lower() in BOOLS else 'true'
+            elif follows:
+                text = rest.pop(0)
             else:
-                raise UserError(f'--{key} needs a value: --{key}={values[key]}')
-        values[key] = convert(key, text, hints, where='--', from_text=True)
-    return cls(**values)
+                raise UserError(f'--{key} needs a value: --{key}=...')
+        flags.append((key, text))
+    return files, flags
 
 
 def read_config(path, values):
@@ -92,7 +108,9 @@ def read_config(path, values):
         with open(path, encoding='utf-8') as file:
             exec(compile(file.read(), path, 'exec'), namespace)
     except Exception as error:
-        raise UserError(f'{path} is not valid Python: {type(error).__name__}: {error}') from error
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
+        where = f'{path}, line {lines[-1]}' if lines else path
+        raise UserError(f'{where}: not valid Python: {type(error).__name__}: {error}') from error
     assigned = {key: value for key, value in namespace.items()
                 if not key.startswith('_') and not isinstance(value, types.ModuleType)
                 and (key not in values or value is not values[key])}
@@ -122,9 +140,7 @@ def convert(key, value, hints, where='', from_text=False):
         if value is None or (from_text and hint is not str and value.lower() in ('none', '')):
             return None
     if from_text and hint is bool:
-        spelled = {'true': True, 'yes': True, 'on': True, '1': True,
-                   'false': False, 'no': False, 'off': False, '0': False}
-        value = spelled.get(value.lower(), value)
+        value = BOOLS.get(value.lower(), value)
     elif from_text and hint is not str:
         try:
             value = hint(value)

@@ -5,7 +5,7 @@ With a cache a new token costs one pass of itself alone; the keys and values of 
 computed again. Early exit adds a difficulty: a token that left at layer l has no keys and values above l, but later
 tokens that go deeper will want to attend to it there. We compute them from the state it left with, h_l, as CALM does
 ("state propagation"): the two small projections k and v of each block above, and nothing else. So the cache never has
-a hole, and what a token costs above its exit is 1/12 of a block (Paper A's shape).
+a hole, and above its exit a token costs 1/11 of a block (Paper A's shape).
 
     exit_layer = k              every token leaves after block k
     exit_mode = 'gate'          at the first l with p_l > threshold (A6)
@@ -49,6 +49,8 @@ class LayerCache:
 
     def append(self, k, v):
         """k, v (b, n_kv_head, T, D) of the T newest tokens -> those of all S tokens so far, (b, n_kv_head, S, D)."""
+        if len(k) != len(self.k[self.rows]):
+            raise ValueError(f'{len(k)} samples do not fit a cache for {len(self.k[self.rows])}')
         stop = self.length + k.shape[2]
         self.k[self.rows, :, self.length:stop] = k.to(self.k.dtype)
         self.v[self.rows, :, self.length:stop] = v.to(self.v.dtype)
@@ -61,8 +63,8 @@ def sample(logits, temperature=1.0, top_k=None, generator=None):
         return logits.argmax(dim=-1, keepdim=True)
     logits = logits.float() / temperature
     if top_k is not None:
-        kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
-        logits = logits.masked_fill(logits < kth, float('-inf'))
+        values, ids = logits.topk(min(top_k, logits.shape[-1]))
+        logits = torch.full_like(logits, float('-inf')).scatter(1, ids, values)
     return torch.multinomial(F.softmax(logits, dim=-1), 1, generator=generator)
 
 
@@ -125,17 +127,17 @@ def step_with_exits(model, idx, cache, last, mode, threshold):
             block.remember(h[gone], rope, cache.layer(layer, gone))  # state propagation: no holes in the cache
             if len(rows):
                 h[rows] = block(h[rows], rope, cache.layer(layer, rows))
-        if layer < last and inside.any():
-            leave = inside & (exit_score(model, h[:, 0], layer, mode) > threshold)
-            layers[leave] = layer
-            inside &= ~leave
+        rows = inside.nonzero().squeeze(1)
+        if layer < last and len(rows):
+            leaving = rows[exit_score(model, h[rows, 0], layer, mode) > threshold]
+            layers[leaving], inside[leaving] = layer, False
     cache.advance(1, depth=last + 1)
     states = torch.stack([model.exit_state(state, layer) for state, layer in zip(h[:, 0], layers.tolist())])
     return model.head(states), layers
 
 
 def exit_score(model, h, layer, mode):
-    """How ready the states h (B, C) after block `layer` are to leave: (B,) in (0, 1), to hold against a threshold."""
+    """How ready the states h (B, C) after block `layer` are to leave: (B,) in [0, 1], to hold against a threshold."""
     if mode == 'gate':
         return model.gates[layer](h)  # A6
     return F.softmax(model.head(model.exit_state(h, layer)).float(), dim=-1).amax(dim=-1)  # CALM

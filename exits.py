@@ -49,12 +49,12 @@ def skip_probabilities(n_layer, p_max, schedule='quadratic', normalize=False):
              'uniform': lambda t: 1.0}[schedule]
     p = [p_max * curve(layer / (n_layer - 1)) for layer in range(n_layer - 1)] + [0.0]
     if normalize and sum(p) > 0:
-        p = [min(1.0, p_l / sum(p)) for p_l in p]
+        p = [p_l / sum(p) for p_l in p]
     return p
 
 
 class Gate(nn.Module):
-    """A6: the probability that a token leaves here: h (..., C) -> (...) in (0, 1). No biases, as A6 is printed."""
+    """A6: the probability that a token leaves here: h (..., C) -> (...) in [0, 1]. No biases, as A6 is printed."""
 
     def __init__(self, n_embd, gate_dim):
         super().__init__()
@@ -74,7 +74,7 @@ def expected_exit_layer(p):
     """A9: p (..., L-1), the chance to leave at layers 0 ... L-2 when reached -> E (...), the mean layer of leaving.
 
     Who has not left by then leaves at L-1. E is linear in each p_l, so on independent samples z ~ p it is the layer
-    that the sampled path leaves at, and its mean over them is E(p): sampling changes neither value nor gradient."""
+    that the sampled path leaves at, and its mean over them is E(p), its mean gradient that of E(p)."""
     reach = torch.cumprod(1 - p, dim=-1)  # (..., L-1): the chance to get past layer l
     return reach.sum(dim=-1)  # E[layer] = sum over l >= 0 of P(layer > l)
 

@@ -27,7 +27,7 @@ def fwht(x):
 
     Any floating dtype (under autocast its matrix products are in bfloat16, as all are), any leading shape,
     differentiable. ValueError if n is not a power of two."""
-    n = require_pow2(x.shape[-1])
+    n = require_pow2(x.shape[-1] if x.dim() else 0)
     log_n = n.bit_length() - 1
     a, b = 1 << log_n // 2, 1 << (log_n - log_n // 2)  # n = a b, as square as can be
     X = (x * n ** -0.5).reshape(-1, a, b)  # the scale first, so that no sum outgrows a 16-bit float
@@ -37,7 +37,7 @@ def fwht(x):
 
 def fwht_butterfly(x):
     """The same transform by its definition (B4): log2(n) rounds of sums and differences."""
-    n = require_pow2(x.shape[-1])
+    n = require_pow2(x.shape[-1] if x.dim() else 0)
     y, half = x * n ** -0.5, 1
     while half < n:
         pairs = y.reshape(*x.shape[:-1], n // (2 * half), 2, half)

@@ -73,6 +73,7 @@ class BitSkipConfig:
                 f'n_embd={self.n_embd} must be n_head={self.n_head} times an even head size')
         require(self.n_head % self.n_kv_head == 0,
                 f'n_head={self.n_head} must be a multiple of n_kv_head={self.n_kv_head}')
+        require(self.rope_theta > 0, f'rope_theta is above 0, got {self.rope_theta}')
         require(self.act_bits in (4, 8), f'act_bits is 4 or 8, got {self.act_bits}')
         require(0 <= self.p_max <= 1, f'p_max is a probability, got {self.p_max}')
         require(0 <= self.dropout < 1, f'dropout is a probability below 1, got {self.dropout}')
@@ -284,8 +285,8 @@ class BitSkip(nn.Module):
     def losses(self, h, targets, earlier=None, ee_weights=None):
         """A7: L = CE + lambda_ee L_ee + lambda_q L_quant + lambda_r L_route, as a dict of scalars.
 
-        h (B, T, C): the normed state of the exit in use; earlier: the L-1 states h_l before it, for A4 and A9. Without
-        them CE is all."""
+        h (B, T, C): what the head reads at the exit in use; earlier: the L-1 states h_l before it, for A4 and A9.
+        Without them CE is all."""
         config, W = self.config, self.head.weight
         zero = torch.zeros((), device=h.device)
         losses = {'ce': linear_cross_entropy(h.flatten(0, 1), W, targets.flatten()),
@@ -305,13 +306,15 @@ class BitSkip(nn.Module):
         return {'total': total, **losses}
 
     def exit_loss(self, states, targets, weights):
-        """A4, B6: sum_l w_l CE of exit l, of all exits as one batch of rows: states L-1 times (B, T, C), targets (B T,).
+        """A4, B6: sum_l w_l CE of exit l, of all exits as one batch of rows. states: L-1 of (B, T, C); targets (B T,).
 
-        ee_positions='sampled' deals the tokens out to the exits at random, so that each exit learns from its own share
-        of them. The mean over a random share is an unbiased estimate of the mean over all, and all exits together cost
-        what one costs."""
+        In training, ee_positions='sampled' deals the tokens out to the exits at random, so that each learns from its
+        own share. The mean over a random share is an unbiased estimate of the mean over all, and all exits together
+        cost what one costs."""
         exits = [layer for layer, weight in enumerate(weights) if weight]
-        if self.config.ee_positions == 'sampled':
+        if not exits:
+            return torch.zeros((), device=targets.device)
+        if self.training and self.config.ee_positions == 'sampled':
             shares = torch.randperm(len(targets)).to(targets.device).tensor_split(len(exits))
             rows = [states[layer].flatten(0, 1)[share] for layer, share in zip(exits, shares)]
         else:

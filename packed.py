@@ -28,7 +28,7 @@ def int8_rows(w):
 
 
 class Int8Head(nn.Module):
-    """A head of int8 rows on 8-bit activations, in exact integers like the projections: (..., C) -> (..., V) float32."""
+    """A head of int8 rows on 8-bit activations, in exact integers like a projection: (..., C) -> (..., V) float32."""
 
     def __init__(self, w):
         super().__init__()

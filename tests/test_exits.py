@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
-from exits import (Gate, LinearCrossEntropy, curriculum_weights, exit_weights, expected_exit_layer, linear_cross_entropy, sample_exits,
-                   skip_probabilities)
+from exits import (Gate, LinearCrossEntropy, curriculum_weights, exit_weights, expected_exit_layer,
+                   linear_cross_entropy, sample_exits, skip_probabilities)
 
 # --------------------------------------------------------------------------------------------------------------------
 # A4, B6

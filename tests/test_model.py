@@ -14,7 +14,7 @@ from torch.testing import assert_close
 from decode import KVCache
 from exits import sample_exits
 from model import BitSkip, BitSkipConfig, rope_table, rotate
-from quant import BitLinear, HBitLinear
+from quant import BitLinear, HBitLinear, bit_linears
 
 PAPER_B = dict(n_layer=24, n_embd=2048, n_head=32, n_kv_head=8, ffn_dim=4096, ffn='swiglu', norm='rmsnorm',
                sub_norm=False, gate_dim=0)
@@ -242,9 +242,9 @@ def test_a7_losses_and_gradients_are_the_formulas(make_model, tokens, kind, ee_w
 
 
 def test_a4_sampled_exits_are_unbiased_in_loss_and_gradient(make_model, tokens):
-    """Each exit learns from its own random share of the tokens; the mean over many draws is A4 on all of them, to four
-    standard errors, and no draw is."""
-    exact, sampled = make_model(lambda_ee=1.0), make_model(lambda_ee=1.0, ee_positions='sampled')
+    """Each exit learns from its own random share of the tokens; the mean over many draws is A4 on all of them, to
+    four standard errors, and no draw is."""
+    exact, sampled = make_model(lambda_ee=1.0), make_model(lambda_ee=1.0, ee_positions='sampled').train()
     idx, targets = tokens(4, 8), tokens(4, 8, seed=1)
 
     def loss_and_gradient(model):
@@ -261,6 +261,10 @@ def test_a4_exits_of_weight_zero_are_off(make_model, tokens):
     logits = all_exits(model, tokens())[1].flatten(0, 1)
     ee = model(tokens(), tokens(seed=1), ee_weights=torch.tensor([0.0, 1.0]))[1]['ee']
     assert_close(ee, F.cross_entropy(logits, tokens(seed=1).flatten()))
+
+
+def test_a4_all_exits_off_is_no_exit_loss(make_model, tokens):
+    assert make_model(lambda_ee=0.3)(tokens(), tokens(seed=1), ee_weights=torch.zeros(2))[1]['ee'] == 0
 
 
 @pytest.mark.parametrize('weight, loss', [('lambda_ee', 'ee'), ('lambda_q', 'quant'), ('lambda_r', 'route')])
@@ -290,6 +294,18 @@ def test_a8_counts_in_a_model_of_one_layer(make_model, tokens):
     losses = make_model(n_layer=1, lambda_q=0.7, target_exit=0)(tokens(), tokens(seed=1))[1]
     assert losses['quant'] > 0 and losses['ee'] == losses['route'] == 0
     assert_close(losses['total'], losses['ce'] + 0.7 * losses['quant'])
+
+
+def test_a7_a_model_of_frozen_codes_still_has_its_losses(make_model, tokens):
+    """Inference keeps no latent weights, so nothing is left for A8 to measure; the other losses are as before."""
+    model, idx, targets = make_model(lambda_ee=0.3), tokens(), tokens(seed=1)
+    expected = model(idx, targets)[1]
+    for layer in bit_linears(model):
+        layer.freeze()
+    losses = model(idx, targets)[1]
+    assert losses['quant'] == 0
+    for name in ('ce', 'ee', 'route'):
+        assert_close(losses[name], expected[name], rtol=1e-3, atol=1e-5)
 
 
 def test_a_diverged_model_has_nan_losses(make_model, tokens):

@@ -145,7 +145,7 @@ def test_pydocs_of_this_python():
     size = {'train': 0, 'val': 0}
     for split, text, _ in corpora.read_pydocs([numpy_package]):
         size[split] += len(text)
-    assert sum(size.values()) > 1_000_000 and size['val'] > 10_000
+    assert sum(size.values()) > 1_000_000 and size['val'] > 1_000
     documents = [text for _, text, _ in corpora.read_pydocs([('pydoc_data.', os.path.join(stdlib, 'pydoc_data'))])]
     assert any(text.startswith('assert\n\nThe "assert" statement\n') for text in documents)
 
@@ -163,7 +163,7 @@ def test_pydocs_without_numpy(tmp_path, data, monkeypatch, capsys):
     assert 'Docstring number' in text_of(folder, 'train') and 'Docstring number' in text_of(folder, 'val')
     prepare.prepare('pydocs', data_dir=data)
     assert 'up to date' in capsys.readouterr().out
-    monkeypatch.setattr(prepare.platform, 'python_version', lambda: '9.9')
+    monkeypatch.setattr(corpora.platform, 'python_version', lambda: '9.9')
     prepare.prepare('pydocs', data_dir=data)
     assert load_meta(folder)['source'] == 'the docstrings of Python 9.9'
 

@@ -341,6 +341,25 @@ def test_latent_weights_restore_after_an_exception():
     assert not any(layer.latent for layer in bit_linears(model))
 
 
+def test_latent_weights_refuse_a_frozen_layer():
+    """It has none any more; computing with the ternary ones under that name would be a silent fallback."""
+    layer = BitLinear(8, 8)
+    layer.freeze()
+    with pytest.raises(ValueError, match='latent'), latent_weights(layer):
+        layer(torch.randn(2, 8))
+
+
+@both_products
+def test_a1_frozen_layers_compute_the_same(product, use_product):
+    use_product(product)
+    for layer in (BitLinear(48, 24, act_bits=4), HBitLinear(48, 24, linear_norm='layernorm')):
+        x = torch.randn(2, 5, 48)
+        expected = layer(x).detach()
+        layer.freeze()
+        assert_close(layer(x), expected)
+        assert layer.frozen and not list(layer.parameters())
+
+
 def test_latent_weights_nest():
     """The inner block ends with what it found, not with ternary weights in the middle of the outer one."""
     layer = BitLinear(8, 8)
