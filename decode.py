@@ -12,6 +12,7 @@ a hole, and above its exit a token costs 1/11 of a block (Paper A's shape).
     exit_mode = 'confidence'    at the first l where the largest softmax probability is > threshold (CALM)
 """
 from collections import deque
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -68,14 +69,46 @@ def sample(logits, temperature=1.0, top_k=None, generator=None):
     return torch.multinomial(F.softmax(logits, dim=-1), 1, generator=generator)
 
 
+class Decoder:
+    """A model and its cache, one step at a time. native.Decoder is its twin in C, for batches of one.
+
+    `length` tokens have been seen; setting it back forgets the newest."""
+
+    def __init__(self, model, batch_size=1):
+        self.model, self.cache = model, KVCache(model, batch_size)
+
+    @property
+    def length(self):
+        return self.cache.length
+
+    @length.setter
+    def length(self, length):
+        self.cache.length = length
+        if length == 0:
+            self.cache.depth = self.model.config.n_layer
+
+    @torch.no_grad()
+    def step(self, tokens, exit_layer=None, exit_mode=None, exit_threshold=0.5):
+        """tokens (B, T) int64, the next ones -> logits (B, V) after the last of them, and its exit layers (B,) int64.
+
+        With an exit_mode a single token may leave before exit_layer; more of them run to it, in one pass."""
+        last = self.model.require_layer(exit_layer)
+        if exit_mode is not None and tokens.shape[1] == 1:
+            return step_with_exits(self.model, tokens, self.cache, last, exit_mode, exit_threshold)
+        h = deque(self.model.hidden_states(tokens, last, self.cache), maxlen=1).pop()  # the last one
+        logits = self.model.head(self.model.exit_state(h[:, -1], last))
+        return logits, torch.full((len(tokens),), last, device=tokens.device)
+
+
 def stream(model, idx, max_new_tokens, temperature=1.0, top_k=None, exit_layer=None, exit_mode=None,
-           exit_threshold=0.5, generator=None):
+           exit_threshold=0.5, generator=None, decoder=None):
     """Continue idx (B, T) int64; yield, for each new token, itself (B, 1) and the layer that it left at (B,), int64.
 
     exit_layer: run blocks 0 ... exit_layer at most. exit_mode None, 'gate' or 'confidence': leave before that, token by
     token (the prompt itself runs in one pass, in full). Only the last block_size tokens are seen; when the cache is
-    full, it starts again from the newer half of them. ValueError on settings that the model cannot follow."""
-    last = model.require_layer(exit_layer)
+    full, it starts again from the newer half of them. decoder: what runs the model, if not PyTorch (native.Decoder).
+    ValueError on settings that the model cannot follow."""
+    model.require_layer(exit_layer)
     if temperature < 0 or (top_k is not None and top_k < 1):
         raise ValueError(f'temperature is at least 0 and top_k at least 1, got {temperature} and {top_k}')
     if exit_mode not in (None, 'gate', 'confidence'):
@@ -84,27 +117,26 @@ def stream(model, idx, max_new_tokens, temperature=1.0, top_k=None, exit_layer=N
         raise ValueError("this model has no gates (gate_dim=0); exit_mode='confidence' needs none")
     if idx.shape[1] == 0:
         raise ValueError('the prompt is empty: generation starts from at least one token')
-    return steps(model, idx, max_new_tokens, temperature, top_k, last, exit_mode, exit_threshold, generator)
+    choose = partial(sample, temperature=temperature, top_k=top_k, generator=generator)
+    return steps(model, idx, max_new_tokens, choose, decoder or Decoder(model, len(idx)), exit_layer, exit_mode,
+                 exit_threshold)
 
 
 @torch.no_grad()
-def steps(model, idx, max_new_tokens, temperature, top_k, last, exit_mode, exit_threshold, generator):
-    """The generator behind `stream`, whose arguments are checked."""
+def steps(model, idx, max_new_tokens, choose, decoder, exit_layer, exit_mode, exit_threshold):
+    """The generator behind `stream`, whose arguments are checked. choose: logits (B, V) -> (B, 1)."""
     block_size, was_training = model.config.block_size, model.training
     model.eval()
     try:
-        context = new = idx[:, -block_size:]  # new: the tokens that are not in the cache yet
-        cache = KVCache(model, len(idx))
+        context = new = idx[:, -block_size:]  # new: the tokens that the decoder has not seen yet
+        decoder.length = 0
         for _ in range(max_new_tokens):
-            if cache.length + new.shape[1] > block_size:
-                cache, new = KVCache(model, len(idx)), context[:, -max(1, block_size // 2):]
-            if exit_mode is not None and cache.length:  # not the prompt
-                logits, layers = step_with_exits(model, new, cache, last, exit_mode, exit_threshold)
-            else:
-                h = deque(model.hidden_states(new, last, cache), maxlen=1).pop()  # the last one
-                logits = model.head(model.exit_state(h[:, -1], last))
-                layers = torch.full((len(idx),), last, device=idx.device)
-            new = sample(logits, temperature, top_k, generator)
+            if decoder.length + new.shape[1] > block_size:
+                decoder.length, new = 0, context[:, -max(1, block_size // 2):]
+            is_prompt = decoder.length == 0
+            logits, layers = decoder.step(new, exit_layer=exit_layer, exit_mode=None if is_prompt else exit_mode,
+                                          exit_threshold=exit_threshold)
+            new = choose(logits)
             context = torch.cat((context, new), dim=1)[:, -block_size:]
             yield new, layers
     finally:

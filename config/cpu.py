@@ -2,11 +2,11 @@
 #   python train.py config/bitskip_h_ee.py config/cpu.py
 dataset = 'pydocs'
 block_size = 256
-n_head = 4
-n_kv_head = 2
-n_embd = 256
-ffn_dim = 1024
+n_head, n_kv_head = 4, 2
+n_embd = 128
+ffn_dim = 512
 batch_size = 8
 gradient_accumulation_steps = 1
-max_iters = 1200
+max_iters = 1300
+eval_interval = 650
 learning_rate = 2e-3

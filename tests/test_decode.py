@@ -16,7 +16,7 @@ def run(monkeypatch):
     def run(model, idx, n, **options):
         seen, original = [], decode.sample
         with monkeypatch.context() as patch:
-            patch.setattr(decode, 'sample', lambda logits, *rest: seen.append(logits) or original(logits, *rest))
+            patch.setattr(decode, 'sample', lambda logits, **how: seen.append(logits) or original(logits, **how))
             new, layers = zip(*stream(model, idx, n, **options))
         return torch.cat(new, dim=1), torch.stack(layers, dim=1), torch.stack(seen, dim=1)
     return run
