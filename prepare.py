@@ -50,7 +50,7 @@ def main(argv):
 def prepare(dataset, tokenizer='', source='', data_dir='data'):
     """Prepare a data set, unless that has been done, and return its folder. Arguments as in Settings. UserError if
     the data set, its text or the tokenizer cannot be had; then what stood in the folder before is still there."""
-    tokenizer = tokenizer or ('bytes' if dataset == 'pydocs' else 'gpt2')
+    tokenizer = tokenizer or default_tokenizer(dataset)
     corpus = open_corpus(dataset, source)
     name = os.path.splitext(os.path.basename(os.path.abspath(dataset)))[0]
     folder = os.path.join(data_dir, f'{name}-{tokenizer}')
@@ -67,6 +67,10 @@ def prepare(dataset, tokenizer='', source='', data_dir='data'):
         json.dump(meta, file, indent=1)
     print(f'prepared {folder}: {summary(meta)}')
     return folder
+
+
+def default_tokenizer(dataset):
+    return 'bytes' if dataset == 'pydocs' else 'gpt2'
 
 
 def up_to_date(folder, corpus):

@@ -26,9 +26,18 @@ ENCODER_JSON = '196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783
 
 def get_tokenizer(name):
     """The tokenizer called `name`. UserError if there is none, or if the ranks of 'gpt2' cannot be had."""
+    return find(name)()
+
+
+def vocabulary(name):
+    """The number of tokens of the tokenizer called `name`, without loading it. UserError if there is none."""
+    return find(name).vocab_size
+
+
+def find(name):
     if name not in TOKENIZERS:
         raise UserError(f"no tokenizer '{name}'; there are {' and '.join(TOKENIZERS)}")
-    return TOKENIZERS[name]()
+    return TOKENIZERS[name]
 
 
 class Tokenizer:

@@ -32,9 +32,10 @@ from configurator import UserError, configure, run
 from eval_exits import bits_per_byte, evaluate, perplexity
 from exits import curriculum_weights, exit_weights
 from model import BitSkip, BitSkipConfig
-from prepare import load_meta, load_tokens, prepare
+from prepare import default_tokenizer, load_meta, load_tokens, prepare
 from quant import int8_support
 from runtime import Processes, autocast, keep_freed_memory, pick_device, pick_dtype
+from tokenizer import vocabulary
 
 
 @dataclass
@@ -346,20 +347,24 @@ def describe(loss, meta):
             f'({meta["tokenizer"]}, ternary weights)')
 
 
-def estimate_hours(s):
-    """How long the whole run may take on this CPU, from its matrix products and a quick measurement of their speed."""
+def training_flops(s):
+    """Floating-point operations in the matrix products of the whole run: 2 a weight forward, 4 backward, per token."""
     with torch.device('meta'):
         model = BitSkip(BitSkipConfig.of(asdict(s)))
     heads = s.n_layer if s.lambda_ee else 1
-    per_token = 6 * (model.quantizable_parameters() + heads * s.n_embd * s.vocab_size)  # forward 2, backward 4
-    tokens = s.max_iters * s.gradient_accumulation_steps * s.batch_size * s.block_size
+    vocab_size = vocabulary(s.tokenizer or default_tokenizer(s.dataset))  # the data may not be prepared yet
+    weights = model.quantizable_parameters() + heads * s.n_embd * vocab_size
+    return 6 * weights * s.max_iters * s.gradient_accumulation_steps * s.batch_size * s.block_size
+
+
+def estimate_hours(s):
+    """How long the whole run may take on this CPU, by a quick measurement of its speed."""
     a, fastest = torch.ones(1024, 1024), math.inf
     for _ in range(5):
         started = time.perf_counter()
         a @ a
         fastest = min(fastest, time.perf_counter() - started)
-    flops_per_s = 2 * 1024 ** 3 / fastest
-    return per_token * tokens / flops_per_s / 3600
+    return training_flops(s) / (2 * 1024 ** 3 / fastest) / 3600
 
 
 def read_settings(argv):
@@ -388,7 +393,7 @@ def checked_settings(argv, base=None):
 def main(argv):
     s, saved = read_settings(argv)
     keep_freed_memory()
-    if pick_device(s.device).type == 'cpu' and (hours := estimate_hours(s)) > 2 and 'RANK' not in os.environ:
+    if pick_device(s.device).type == 'cpu' and 'RANK' not in os.environ and (hours := estimate_hours(s)) > 2:
         print(f'on this CPU the whole run takes about {hours:,.0f} hours; config/cpu.py shrinks any recipe to '
               f'minutes:\n  python train.py {" ".join(argv)} config/cpu.py')
     training = Run(s)

@@ -240,6 +240,16 @@ def test_estimate_names_the_overlay(text, monkeypatch, capsys):
     assert 'takes about 250 hours' in capsys.readouterr().out.split('preparing')[0]
 
 
+@pytest.mark.parametrize('names, weights', [
+    (['baseline'], 34_603_008 + 512 * 50257), (['bitskip_h_ee'], 34_603_008 + 12 * 512 * 50257),
+    (['bitskip_h_ee', 'cpu'], 12 * (2 * 128 * 128 + 2 * 128 * 64 + 2 * 128 * 512) + 12 * 128 * 256)])
+def test_estimate_counts_the_products_before_any_data_are_there(names, weights):
+    s, _ = train.read_settings([str(ROOT / 'config' / f'{name}.py') for name in names])
+    tokens = s.max_iters * s.gradient_accumulation_steps * s.batch_size * s.block_size
+    assert train.training_flops(s) == 6 * weights * tokens
+    assert train.estimate_hours(s) > 0
+
+
 # ---- the configs
 
 @pytest.mark.parametrize('path', sorted((ROOT / 'config').glob('*.py')), ids=lambda path: path.stem)
