@@ -134,11 +134,11 @@ def steps(model, idx, max_new_tokens, choose, decoder, exit_layer, exit_mode, ex
             if decoder.length + new.shape[1] > block_size:
                 decoder.length, new = 0, context[:, -max(1, block_size // 2):]
             is_prompt = decoder.length == 0
-            logits, layers = decoder.step(new, exit_layer=exit_layer, exit_mode=None if is_prompt else exit_mode,
-                                          exit_threshold=exit_threshold)
+            logits, layer = decoder.step(new, exit_layer=exit_layer, exit_mode=None if is_prompt else exit_mode,
+                                         exit_threshold=exit_threshold)
             new = choose(logits)
             context = torch.cat((context, new), dim=1)[:, -block_size:]
-            yield new, layers
+            yield new, torch.as_tensor(layer).reshape(-1)
     finally:
         model.train(was_training)
 

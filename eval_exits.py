@@ -30,6 +30,7 @@ import checkpoint
 from configurator import configure, run
 from decode import stream
 from exits import expected_exit_layer
+from native import fast_decoder
 from prepare import load_meta, load_tokens, prepare
 from quant import bit_linears, latent_weights
 from runtime import keep_freed_memory, pick_device
@@ -97,14 +98,14 @@ def bits_per_byte(loss, meta, split='val'):
 # ----------------------------------------------------------------------------------------------------------------------
 # the other measurements
 
-def measure_speed(model, layers, tokens, n_tokens=32, rounds=3):
+def measure_speed(model, layers, tokens, decoder=None, n_tokens=32, rounds=3):
     """Greedy decoding speed, batch 1, at each of `layers`: list of tokens/s. The exits take turns, and the median of
     their rounds counts, because a machine's speed drifts."""
     prompt = torch.from_numpy(tokens[:8].astype('int64'))[None].to(model.device)
     seconds = {layer: [] for layer in layers}
     for _ in range(rounds):
         for layer in layers:
-            steps = stream(model, prompt, n_tokens + 1, temperature=0, exit_layer=layer)
+            steps = stream(model, prompt, n_tokens + 1, temperature=0, exit_layer=layer, decoder=decoder)
             next(steps)  # the prompt
             started = time.perf_counter()
             for _ in steps:
@@ -197,12 +198,17 @@ def print_report(report, cell):
           [[e['layer'], e['blocks'], e['loss'], e['ppl'], e['bits_per_byte'], e['tok_per_s'], *trade(e), p]
            for e, p in zip(exits, paper)])
     weights, stats = report['weights'], report['stats']
-    if stats['weights']:
+    print(f'\nspeeds: {report["decoding"]}')
+    if 'packed' in weights:
+        packed, ternary = weights['packed']['ppl'], weights['ternary']['ppl']
+        print(f'PPL with an int8 head: {packed:.4f}, {100 * (packed / ternary - 1):+.3f}% of {ternary:.4f}')
+    if 'latent' in weights and stats['weights']:
         latent, ternary = weights['latent']['ppl'], weights['ternary']['ppl']
         theirs = PAPER_A3[cell]
         table('Latent and ternary weights (Table A3)', ['', 'latent PPL', 'ternary PPL', 'ternary +%'],
               [['ours', latent, ternary, 100 * (ternary / latent - 1)],
                ['Paper A', *theirs, 100 * (theirs[1] / theirs[0] - 1)]])
+    if stats['weights']:
         table('Ternary weights (Table A4)', ['', 'mean alpha', 'zeros', 'matrices > 50% zeros', '+1', '-1'],
               [['ours', *stats['weights'].values()], ['Paper A', *PAPER_A4[cell]]])
     table('Parameters (Paper A, appendix)', ['component', 'parameters'],
@@ -243,9 +249,11 @@ def plot(report, path):
 class EvalSettings:
     """Evaluates every exit of a trained model, and its weights."""
     out_dir: str = ''  # the run to evaluate; empty: the newest
+    checkpoint: str = 'ckpt.pt'  # the file in its folder: the best model, or packed.pt, which pack.py writes
     split: Literal['val', 'test', 'train'] = 'val'  # of the run's own data set
     batch_size: int = 16  # sequences at a time
     device: str = 'auto'  # auto, cpu, cuda, cuda:1, mps
+    packed: bool = True  # on a CPU, time decoding with packed weights, and measure what their int8 head costs
     json: str = ''  # where to write the figures; empty: eval.json in the run's folder
 
 
@@ -254,23 +262,30 @@ def main(argv):
     keep_freed_memory()
     device = pick_device(s.device)
     out_dir = checkpoint.find_run(s.out_dir)
-    model, settings = checkpoint.load_checkpoint(os.path.join(out_dir, 'ckpt.pt'), device)
+    model, settings = checkpoint.load_checkpoint(os.path.join(out_dir, s.checkpoint), device)
     folder = prepare(settings['dataset'], settings['tokenizer'], settings['source'], settings['data_dir'])
     meta, tokens = load_meta(folder), load_tokens(folder, s.split)
     layers = list(range(model.config.n_layer))
+    is_packed = any(layer.frozen for layer in bit_linears(model))
     print(f'evaluating {len(layers)} exits on {len(tokens):,} tokens')
     losses = evaluate(model, tokens, layers, s.batch_size)
-    speeds = measure_speed(model, layers, tokens)
-    with latent_weights(model):
-        latent = evaluate(model, tokens, batch_size=s.batch_size)[-1]
+    weights = {'ternary': losses[-1]}
+    fast, decoder, how = model, None, 'PyTorch'
+    if s.packed and device.type == 'cpu' and bit_linears(model):
+        fast, decoder, how = fast_decoder(model)
+        weights['packed'] = evaluate(fast, tokens, batch_size=s.batch_size)[-1]
+    if not is_packed:
+        with latent_weights(model):
+            weights['latent'] = evaluate(model, tokens, batch_size=s.batch_size)[-1]
+    speeds = measure_speed(fast, layers, tokens, decoder)
     std, gates = activation_and_gate_statistics(model, tokens)
     report = {
         'run': out_dir, 'split': s.split, 'tokens': len(tokens), 'tokenizer': meta['tokenizer'],
         'exits': [{'layer': layer, 'blocks': layer + 1, 'loss': loss, 'ppl': perplexity(loss),
                    'bits_per_byte': bits_per_byte(loss, meta, s.split), 'tok_per_s': speed}
                   for layer, loss, speed in zip(layers, losses, speeds)],
-        'weights': {'ternary': {'loss': losses[-1], 'ppl': perplexity(losses[-1])},
-                    'latent': {'loss': latent, 'ppl': perplexity(latent)}},
+        'decoding': how,
+        'weights': {name: {'loss': loss, 'ppl': perplexity(loss)} for name, loss in weights.items()},
         'stats': {'weights': weight_statistics(model), 'parameters': parameter_breakdown(model),
                   'activation_std': std, 'gates': gates}}
     cell = (model.config.linear == 'hbitlinear', model.config.lambda_ee > 0)

@@ -1,17 +1,18 @@
 """
 Native decoding: a whole step of the model in one call of C (native.c), for batch 1 on a CPU.
 
-    decoder = native.Decoder(model, head='int8')
-    logits, layer = decoder.step(prompt)                       # (1, V), and the layer that the last token left at
+    decoder = native.Decoder(model)                            # a BitSkip, or the packed copy that packed.py makes
+    logits, layer = decoder.step(prompt)                       # (1, V), and the layer that its last token left at
     logits, layer = decoder.step([token], exit_mode='gate')
     decoder.length = 100                                       # forget the tokens from position 100 on
 
 At batch 1 PyTorch spends its time between the operations, not in them. In C a step costs what it takes to read the
-weights, and ternary weights are small: 2 bits each, in blocks that `ternary_blocks` draws. Numerics are those of
-model.py up to the rounding of float32 sums; head='int8' rounds the head's weights to 8 bits, too.
+weights, and ternary weights are small: 2 bits each, laid out as `ternary_blocks` draws. Numbers are those of the
+model, packed or not, up to the rounding of float32 sums. (Where such an error of 1e-7 tips a quantizer over the edge
+between two codes, more changes; so it does between two ways to compute in PyTorch.)
 
-native.c is compiled when it is first needed, by the system's C compiler, in about a second, and kept in the user's
-cache folder under the hash of all that it depends on. Where that fails, `available()` says why, and decode.py serves.
+native.c is compiled when it is first needed, by the system's C compiler, in two seconds, and kept in the user's cache
+folder under the hash of all that it depends on. Where that fails `available()` says why, and decode.py serves.
 """
 import contextlib
 import ctypes
@@ -24,27 +25,26 @@ import shlex
 import shutil
 import subprocess
 import tempfile
-from typing import NamedTuple
+from itertools import starmap, zip_longest
 
 import torch
 import torch.nn.functional as F
 
-from hadamard import next_pow2, signs
-from quant import weight_ternary
+from packed import int8_rows, to_ternary
+from quant import HBitLinear, bit_linears
 
 SOURCE = pathlib.Path(__file__).with_name('native.c')
-FLAGS = ['-std=gnu11', '-O3', '-shared', '-fPIC', '-ffp-contract=off', '-fno-math-errno', '-fno-trapping-math',
-         '-Wno-psabi']
-ISAS = ('portable C', 'AVX2', 'AVX-512 VNNI')  # native.c's numbers for them
+FLAGS = ['-std=gnu11', '-O3', '-shared', '-fPIC', '-pthread', '-ffp-contract=off', '-fno-trapping-math']
+ISAS = ('portable C', 'AVX2', 'AVX-512 VNNI')  # by native.c's numbers
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # the library
 
 def available():
-    """(True, how) if this machine can decode natively, else (False, why not). Builds the library at the first call."""
-    lib, reason = library()
-    return lib is not None, reason
+    """(True, how) if this machine can decode natively, else (False, why not). Compiles at the first call."""
+    lib, how = library()
+    return lib is not None, how
 
 
 @functools.cache
@@ -54,53 +54,53 @@ def library():
         lib = load(cache_folder())
     except BuildError as error:
         return None, str(error)
-    lib.step.argtypes = [ctypes.POINTER(CDecoder), ctypes.POINTER(CStep)]
-    lib.step.restype = None
+    lib.step.argtypes, lib.step.restype = [ctypes.POINTER(CDecoder), ctypes.POINTER(CStep)], None
     lib.workspace_bytes.argtypes, lib.workspace_bytes.restype = [ctypes.POINTER(CDecoder)], ctypes.c_int64
     return lib, f'native decoding ({ISAS[lib.best_isa()]})'
 
 
 class BuildError(Exception):
-    pass
+    """Why there is no library, in one sentence."""
 
 
 def load(folder):
-    """The library from `folder`, built first if it is not there yet. BuildError if that cannot be done."""
+    """The library from `folder`, compiled first if it is not there yet. BuildError if that cannot be done."""
+    if os.name != 'posix':
+        raise BuildError('native decoding needs POSIX threads (Linux, macOS)')
     compiler = os.environ.get('CC') or next(filter(shutil.which, ('cc', 'gcc', 'clang')), None)
-    key = '\0'.join([SOURCE.read_text(encoding='utf-8'), *FLAGS, compiler or '', platform.system(), platform.machine()])
+    key = '\0'.join([SOURCE.read_text(encoding='utf-8'), *FLAGS, str(compiler), platform.system(), platform.machine()])
     path = folder / f'native-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so'
     if not path.exists():
-        if compiler is None:
-            raise BuildError('there is no C compiler here (cc, gcc or clang, or the one that CC names)')
-        build(shlex.split(compiler), path)
+        if not compiler:
+            raise BuildError('there is no C compiler here (cc, gcc or clang, or what CC names)')
+        compile_library(shlex.split(compiler), path)
     try:
         return ctypes.CDLL(str(path))
     except OSError as error:
-        raise BuildError(f'the built library does not load: {error}') from None
+        raise BuildError(f'{path} does not load: {error}') from None
 
 
-def build(compiler, path):
-    """Compile native.c to `path`: with OpenMP or, where the compiler has none, without."""
-    aside = path.with_suffix(f'.{os.getpid()}.tmp')  # renamed when whole: another process may be building, too
-    for openmp in (['-fopenmp'], []):
-        command = [*compiler, *FLAGS, *openmp, '-o', str(aside), str(SOURCE), '-lm']
-        try:
-            result = subprocess.run(command, capture_output=True, text=True, timeout=120)
-        except (OSError, subprocess.TimeoutExpired) as error:
-            raise BuildError(f'the C compiler {compiler[0]} does not run: {error}') from None
+def compile_library(compiler, path):
+    aside = path.with_suffix(f'.{os.getpid()}.tmp')  # renamed when whole: another process may be compiling, too
+    try:
+        result = subprocess.run([*compiler, *FLAGS, '-o', str(aside), str(SOURCE), '-lm'], capture_output=True,
+                                text=True, timeout=120)
         if result.returncode == 0:
-            os.replace(aside, path)
-            return
-    message = (result.stderr.strip().splitlines() or ['no message'])[0]
-    raise BuildError(f'the C compiler {compiler[0]} cannot build native.c: {message[:200]}')
+            return os.replace(aside, path)
+        message = (result.stderr.strip().splitlines() or ['it gives no reason'])[0]
+    except (OSError, subprocess.TimeoutExpired) as error:
+        message = str(error)
+    finally:
+        aside.unlink(missing_ok=True)
+    raise BuildError(f'the C compiler {compiler[0]} fails on native.c: {message[:200]}')
 
 
 def cache_folder():
-    """The user's own folder for built libraries; where that cannot be written, one that lasts as long as we do."""
-    folder = pathlib.Path(os.environ.get('XDG_CACHE_HOME') or pathlib.Path.home() / '.cache') / 'bitskip'
-    with contextlib.suppress(OSError):
+    """The user's own folder for compiled libraries; where that cannot be written, one for this process."""
+    with contextlib.suppress(OSError, RuntimeError):
+        folder = pathlib.Path(os.environ.get('XDG_CACHE_HOME') or pathlib.Path.home() / '.cache') / 'bitskip'
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if os.access(folder, os.W_OK):
+        if os.access(folder, os.W_OK) and folder.stat().st_uid == os.getuid():
             return folder
     return pathlib.Path(temporary_folder().name)
 
@@ -113,97 +113,242 @@ def temporary_folder():
 # ----------------------------------------------------------------------------------------------------------------------
 # layouts
 #
-# The kernels take 16 rows of a matrix at a time, one in each 4-byte lane of a 64-byte block. vpdpbusd multiplies the
-# four bytes of every lane with four int8 inputs, the same for all lanes, and adds them to the lane's int32: when the
-# blocks of these rows are through, the 16 lanes are 16 rows of the product. No sum across lanes, no transposition.
+# The kernels take 16 rows of a matrix at a time, one in each 4-byte lane of 64 bytes. vpdpbusd multiplies the 4 bytes of
+# every lane with 4 int8 inputs, the same for all lanes, and adds the products to that lane's int32. When all columns are
+# through, the 16 lanes are 16 rows of the product: no sum across lanes, no transposition.
 #
-#     one block        row 0          row 1                row 15
-#     64 bytes    | 0  1  2  3  | 4  5  6  7  |   ...  | 60 61 62 63 |
+#     64 bytes        |      row 0      |      row 1      |  ...  |      row 15     |
+#                     |  0   1   2   3  |  4   5   6   7  |  ...  | 60  61  62  63  |
 #
-#     int8        byte 4r + j  =  w[r, j] + 128                                             16 rows x 4 columns
+#     int8            byte 4r + j  =  w[r, j] + 128                                            16 rows x 4 columns
 #
-#     ternary     byte 4r + j  =  | w[r, 12+j] + 1 | w[r, 8+j] + 1 | w[r, 4+j] + 1 | w[r, j] + 1 |     16 rows x
-#                                   bits 7, 6        bits 5, 4       bits 3, 2       bits 1, 0         16 columns
-#                 (block >> 2s) & 3 is then a block of codes for columns 4s ... 4s + 3
+#     ternary         byte 4r + j  =    w[r, 12+j] + 1   w[r, 8+j] + 1   w[r, 4+j] + 1   w[r, j] + 1     16 rows x
+#                                         bits 7 6          bits 5 4        bits 3 2       bits 1 0      16 columns
 #
-# Weights are stored unsigned, as the instruction wants one of its operands; the kernels' callers take the excess off:
-# sum_k (w + 1) x = sum_k w x + sum_k x.
+#                     (bytes >> 2s) & 3 is then the 64 bytes of columns 4s ... 4s + 3
+#
+# Weights are stored unsigned, as the instruction wants one of its operands; what that adds to the sum is taken off again:
+# sum_k (w_k + 1) x_k - sum_k x_k = sum_k w_k x_k.
 
 def ternary_blocks(codes):
-    """codes (rows, cols) int8 in {-1, 0, 1} -> (rows / 16, cols / 16, 64) uint8, both rounded up (padding is 0)."""
-    c = to_multiples(codes + 1, 16, 16).unflatten(1, (-1, 4, 4)).unflatten(0, (-1, 16))  # (R, 16, blocks, s, j)
-    byte = c[..., 0, :] | c[..., 1, :] << 2 | c[..., 2, :] << 4 | c[..., 3, :] << 6  # (R, 16, blocks, j)
-    return byte.transpose(1, 2).flatten(2).contiguous().view(torch.uint8)
+    """codes (rows, cols) int8 in {-1, 0, 1} -> (rows / 16, cols / 16, 64) uint8, both rounded up."""
+    c = in_tiles((codes + 1).to(torch.uint8))  # (rows / 16, cols / 16, s, r, j)
+    return (c[:, :, 0] | c[:, :, 1] << 2 | c[:, :, 2] << 4 | c[:, :, 3] << 6).flatten(2)
 
 
 def int8_blocks(codes):
-    """codes (rows, cols) int8 -> (rows / 16, cols / 4, 64) uint8; rows and cols are padded to multiples of 16."""
-    c = to_multiples(codes, 16, 16).unflatten(1, (-1, 4)).unflatten(0, (-1, 16))  # (R, 16, blocks, j)
-    return c.transpose(1, 2).flatten(2).contiguous().view(torch.uint8) ^ 128  # x ^ 128 is x + 128, modulo 256
+    """codes (rows, cols) int8 -> (rows / 16, cols / 16, 4, 64) uint8, both rounded up."""
+    return in_tiles(codes).flatten(3).view(torch.uint8) ^ 128  # that is + 128, in two's complement
 
 
-def to_multiples(x, rows, cols):
-    return F.pad(x, (0, -x.shape[1] % cols, 0, -x.shape[0] % rows))
-
-
-def int8_rows(w):
-    """w (rows, cols), floating -> codes (rows, cols) int8, scales (rows,) float32: w ~ codes * scales, max|code| 127."""
-    scales = w.float().abs().amax(dim=1).clamp(min=1e-12) / 127
-    return (w / scales[:, None]).round_().to(torch.int8), scales
+def in_tiles(x):
+    """(rows, cols) -> (rows / 16, cols / 16, 4, 16, 4), contiguous, rounded up: row 16 R + r, column 16 b + 4 s + j."""
+    x = F.pad(x, (0, -x.shape[1] % 16, 0, -x.shape[0] % 16))
+    return x.unflatten(1, (-1, 4, 4)).unflatten(0, (-1, 16)).permute(0, 2, 3, 1, 4).contiguous()  # R r b s j -> R b s r j
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# packing
+# the structures of native.c, field by field
 
-class Packed(NamedTuple):
-    """A model as native.c reads it: the tensors by name ('0.qkv.codes', 'head', ...), and the BitSkipConfig."""
-    config: object
-    tensors: dict
+def structure(name, *fields):
+    return type(name, (ctypes.Structure,), {'_fields_': [(f, kind) for kind, names in fields for f in names.split()]})
 
 
-def pack(config, weights, head='int8', embedding='fp32'):
-    """The model of `config` with `weights`, its state dict, as Packed.
+pointer, integer, real = ctypes.c_void_p, ctypes.c_int, ctypes.c_float
+CLinear = structure('CLinear', (pointer, 'weights scales norm_weight'), (integer, 'kind rows inputs cols'),
+                    (integer, 'activation norm linear_norm hadamard bits'))
+CBlock = structure('CBlock', (CLinear, 'qkv o up down'), (pointer, 'gate1 gate2'))
+CDecoder = structure(
+    'CDecoder', (CLinear, 'head'), (pointer, 'blocks embedding embedding_scales cos sin k v workspace'),
+    (integer, 'n_layer n_head n_kv_head n_embd vocab_size block_size gate_dim normed_exits threads isa'))
+CStep = structure('CStep', (pointer, 'tokens h logits'), (integer, 'T start first last n_logits exit_mode'),
+                  (real, 'threshold'), (integer, 'exit_layer'))
+KINDS = {'fp32': 0, 'int8': 1, 'ternary': 2}
+NORMS = {'none': 0, 'layernorm': 1, 'rmsnorm': 2}
+ACTIVATIONS = {None: 0, 'relu2': 1, 'swiglu': 2}
+EXIT_MODES = {None: 0, 'gate': 1, 'confidence': 2}
 
-    A weight may be a tensor or, if it has been quantized already, a pair (codes int8, scale): a projection's as from
-    quant.weight_ternary, the head's and the embedding's as from int8_rows. head, embedding: 'int8' rounds a float
-    tensor to 8 bits with one scale a row, 'fp32' leaves it. ValueError if the model has no ternary weights."""
-    if config.linear == 'fp':
-        raise ValueError("native decoding is for ternary weights, and this model has linear='fp'")
-    for name, kind in (('head', head), ('embedding', embedding)):
-        if kind not in ('int8', 'fp32'):
-            raise ValueError(f"{name} is 'int8' or 'fp32', got {kind!r}")
-    tensors = {'norm': floats(weights['norm.weight'])}
-    for name, kind in (('embedding', embedding), ('head', head)):
-        w = weights[f'{name}.weight']
-        if kind == 'int8' and torch.is_tensor(w):
-            w = int8_rows(w)
-        if torch.is_tensor(w):
-            tensors[name] = floats(w)
+
+# ----------------------------------------------------------------------------------------------------------------------
+
+def fast_decoder(model):
+    """What decodes one text quickest on this CPU: (the packed model, its decoder or None for PyTorch, how in words)."""
+    packed = to_ternary(model)
+    native_step, how = available()
+    if native_step:
+        return packed, Decoder(packed), f'native step ({how}), int8 head'
+    return packed, None, f'packed weights in PyTorch, int8 head; no native step, since {how}'
+
+
+class Decoder:
+    """A model packed for native.c, and the key-value cache of one text.
+
+    model: a BitSkip with ternary layers. head: 'int8' rounds a float head and embedding to 8 bits as packed.to_ternary
+    does; by default they are as the model has them (and then share its memory). threads: at most how many, by default
+    torch.get_num_threads(). isa: an index of ISAS, by default the best here; all give the same bits.
+    RuntimeError where native decoding is not available, ValueError if the model cannot be decoded so.
+
+    length: how many tokens the cache holds; setting it back forgets the newest.
+    states (T, C) float32: the hidden states, before any norm, that the newest tokens left the blocks with."""
+
+    def __init__(self, model, head=None, threads=None, isa=None):
+        self.lib, how = library()
+        if self.lib is None:
+            raise RuntimeError(how)
+        threads, best = threads or torch.get_num_threads(), self.lib.best_isa()
+        isa = best if isa is None else isa
+        if model.config.linear == 'fp':
+            raise ValueError("native decoding is for ternary weights, and this model has none (linear='fp')")
+        if any(layer.latent for layer in bit_linears(model)):
+            raise ValueError('native decoding is for ternary weights, and this model computes with its latent ones')
+        if head not in (None, 'int8'):
+            raise ValueError(f"head is None or 'int8', got {head!r}")
+        if not 1 <= threads <= 1024 or not 0 <= isa <= best:
+            raise ValueError(f'threads is 1 to 1024 and isa 0 to {best} here, got {threads} and {isa}')
+        self.config, self.tensors = model.config, []
+        self.c = self.describe(model, head, threads, isa)
+        self.reset()
+
+    def keep(self, tensor):
+        """The address of a tensor on the CPU, which lives as long as this decoder."""
+        if tensor is None:
+            return None
+        self.tensors.append(tensor.detach().cpu().contiguous())
+        return self.tensors[-1].data_ptr()
+
+    @torch.no_grad()
+    def describe(self, model, head, threads, isa):
+        """The CDecoder of a model."""
+        config = model.config
+        D, tiles = config.n_embd // config.n_head, -(-config.block_size // 16)
+        self.c_blocks = (CBlock * config.n_layer)(*starmap(self.describe_block, zip_longest(model.blocks, model.gates)))
+        embedding, embedding_scales = rows_of(model.embedding, head)
+        head, head_scales = rows_of(model.head, head)
+        kind = 'fp32' if head_scales is None else 'int8'
+        c = CDecoder(
+            head=self.describe_linear(head, head_scales, kind, config.n_embd, config.n_embd, model.norm),
+            blocks=ctypes.addressof(self.c_blocks),
+            embedding=self.keep(embedding), embedding_scales=self.keep(embedding_scales),
+            cos=self.keep(model.rope_cos), sin=self.keep(model.rope_sin),
+            k=self.keep(torch.zeros(config.n_layer, config.n_kv_head, tiles, D, 16)),
+            v=self.keep(torch.zeros(config.n_layer, config.n_kv_head, config.block_size, D)),
+            normed_exits=config.exit_norm == 'final', threads=threads, isa=isa,
+            **{name: getattr(config, name) for name in ('n_layer', 'n_head', 'n_kv_head', 'n_embd', 'vocab_size',
+                                                        'block_size', 'gate_dim')})
+        c.workspace = self.keep(torch.zeros(self.lib.workspace_bytes(c), dtype=torch.uint8))
+        return c
+
+    def describe_block(self, block, gate):
+        config, attn, ffn = self.config, block.attn, block.ffn
+        C, up = config.n_embd, [ffn.up] if ffn.gate is None else [ffn.gate, ffn.up]
+        return CBlock(
+            qkv=self.describe_ternary([attn.q, attn.k, attn.v], C, block.attn_norm),
+            o=self.describe_ternary([attn.o], C, attn.sub_norm),
+            up=self.describe_ternary(up, C, block.ffn_norm),
+            down=self.describe_ternary([ffn.down], config.ffn_dim, ffn.sub_norm, activation=config.ffn),
+            gate1=self.keep(gate and gate.w1.weight), gate2=self.keep(gate and gate.w2.weight))
+
+    def describe_ternary(self, layers, inputs, norm, activation=None):
+        """Layers that share their input, as one matrix."""
+        first, (codes, scales) = layers[0], zip(*(layer.ternary() for layer in layers))
+        scales = torch.cat([scale.expand(len(c)) for c, scale in zip(codes, scales)])  # (rows,)
+        return self.describe_linear(
+            torch.cat(codes), scales, 'ternary', inputs, first.in_features, norm, activation=ACTIVATIONS[activation],
+            linear_norm=NORMS[first.linear_norm], hadamard=isinstance(first, HBitLinear), bits=first.act_bits)
+
+    def describe_linear(self, w, scales, kind, inputs, cols, norm, bits=8, **options):
+        weights = {'fp32': lambda w: w, 'int8': int8_blocks, 'ternary': ternary_blocks}[kind](w)
+        return CLinear(weights=self.keep(weights), scales=self.keep(None if scales is None else in_16s(scales)),
+                       norm_weight=self.keep(getattr(norm, 'weight', None)), norm=NORMS[self.config.norm],
+                       kind=KINDS[kind], rows=len(w), inputs=inputs, cols=cols, bits=bits, **options)
+
+    def reset(self):
+        """Forget everything."""
+        self.filled = [0] * self.config.n_layer  # how many tokens each layer holds keys and values of
+        self.length = 0
+
+    @property
+    def length(self):
+        return self._length
+
+    @length.setter
+    def length(self, length):
+        if not 0 <= length <= self.config.block_size:
+            raise ValueError(f'length is 0 to block_size={self.config.block_size}, got {length}')
+        self._length = length
+        self.filled = [min(n, length) for n in self.filled]
+
+    def step(self, tokens, n_logits=1, exit_layer=None, exit_mode=None, exit_threshold=0.5):
+        """Append tokens, T of them (a list or an integer tensor), to the text.
+
+        Returns the logits (n_logits, V) float32 of the last n_logits tokens, and the layer that they left at. That is
+        exit_layer (default: the last) or, for a single token with exit_mode 'gate' or 'confidence', the first layer
+        whose score is above exit_threshold, as in decode.py. ValueError if the tokens are none, do not fit into
+        block_size or are not in the vocabulary, or the model or its cache do not have what this takes."""
+        config = self.config
+        last = config.n_layer - 1 if exit_layer is None else exit_layer
+        if exit_mode not in EXIT_MODES:
+            raise ValueError(f"exit_mode is 'gate' or 'confidence', got {exit_mode!r}")
+        if exit_mode == 'gate' and not config.gate_dim:
+            raise ValueError("this model has no gates (gate_dim=0); exit_mode='confidence' needs none")
+        tokens = tokens.flatten().tolist() if torch.is_tensor(tokens) else list(tokens)
+        T = len(tokens)
+        self.states, logits, layer = self.run(tokens, None, self.length, 0, last, n_logits,
+                                              exit_mode if T == 1 else None, exit_threshold)
+        self._length += T
+        return logits, layer
+
+    def embed(self, tokens):
+        """The states (T, C) that block 0 reads, of tokens (T)."""
+        return self.run(list(tokens), None, 0, 0, -1, 0)[0]
+
+    def blocks(self, h, first, last, start=None):
+        """h (T, C), the states before block `first` at the positions from `start` (default: length) on -> the states
+        after block `last`, (T, C). The cache keeps their keys and values, but `length` stays.
+
+        ValueError if a layer from first to last does not hold all that comes before `start`."""
+        return self.run(None, h, self.length if start is None else start, first, last, 0)[0]
+
+    def logits(self, h, layer=None):
+        """h (T, C), states after block `layer` (default: the last) -> the logits (T, V) of that exit."""
+        layer = self.config.n_layer - 1 if layer is None else layer
+        return self.run(None, h, 0, layer + 1, layer, len(h))[1]
+
+    def run(self, tokens, h, start, first, last, n_logits, exit_mode=None, exit_threshold=0.0):
+        """One call of native.c's step, with its arguments checked: states (T, C), logits (n_logits, V), exit layer."""
+        config = self.config
+        T = len(tokens if h is None else h)
+        if not 0 <= first <= last + 1 <= config.n_layer:
+            raise ValueError(f'layers {first} to {last} are outside the model: its {config.n_layer} layers are 0 to '
+                             f'{config.n_layer - 1}')
+        if not 1 <= T <= config.block_size - start or start < 0:
+            raise ValueError(f'positions {start} to {start + T - 1} do not fit into block_size={config.block_size}, or '
+                             'are none')
+        if not 0 <= n_logits <= T:
+            raise ValueError(f'n_logits is 0 to the number of tokens, {T}, got {n_logits}')
+        if any(n < start for n in self.filled[first:last + 1]):
+            raise ValueError(f'the cache holds only {self.filled[first:last + 1]} tokens in layers {first} to {last}')
+        states = torch.zeros(T, -(-config.n_embd // 16) * 16)
+        if h is None:
+            if min(tokens) < 0 or max(tokens) >= config.vocab_size:
+                raise ValueError(f'tokens are 0 to {config.vocab_size - 1}, got {min(tokens)} to {max(tokens)}')
+            tokens = ctypes.addressof(keep := (ctypes.c_int64 * T)(*tokens))
         else:
-            codes, scales = w
-            tensors[name] = (int8_blocks(codes) if name == 'head' else codes).contiguous()
-            tensors[f'{name}_scales'] = F.pad(floats(scales), (0, -len(scales) % 16))
-    for layer in range(config.n_layer):
-        for name, parts in projections(config).items():
-            pairs = [weights[f'blocks.{layer}.{part}.weight'] for part in parts]
-            codes, scales = zip(*(weight_ternary(w) if torch.is_tensor(w) else w for w in pairs))
-            scales = torch.cat([floats(scale).expand(len(c)) for c, scale in zip(codes, scales)])  # (rows,)
-            tensors[f'{layer}.{name}.codes'] = ternary_blocks(torch.cat(codes))
-            tensors[f'{layer}.{name}.scales'] = F.pad(scales, (0, -len(scales) % 16))
-        for name in ('attn_norm', 'attn.sub_norm', 'ffn_norm', 'ffn.sub_norm'):
-            if f'blocks.{layer}.{name}.weight' in weights:
-                tensors[f'{layer}.{name}'] = floats(weights[f'blocks.{layer}.{name}.weight'])
-        if config.gate_dim and layer < config.n_layer - 1:
-            for name in ('w1', 'w2'):
-                tensors[f'{layer}.gate.{name}'] = floats(weights[f'gates.{layer}.{name}.weight'])
-    return Packed(config, tensors)
+            states[:, :config.n_embd] = h
+        logits = torch.empty(max(n_logits, exit_mode is not None), config.vocab_size)
+        step = CStep(tokens=tokens, h=states.data_ptr(), logits=logits.data_ptr(), T=T, start=start, first=first,
+                     last=last, n_logits=n_logits, exit_mode=EXIT_MODES[exit_mode], threshold=exit_threshold)
+        self.lib.step(self.c, step)
+        self.filled[first:last + 1] = [start + T] * (last + 1 - first)
+        return states[:, :config.n_embd], logits[:n_logits], step.exit_layer
 
 
-def projections(config):
-    """The four matrices of a block, and the projections that each consists of (they share their input)."""
-    return {'qkv': ['attn.q', 'attn.k', 'attn.v'], 'o': ['attn.o'],
-            'up': ['ffn.up'] if config.ffn == 'relu2' else ['ffn.gate', 'ffn.up'], 'down': ['ffn.down']}
+def rows_of(module, kind):
+    """The matrix of an embedding or a head: rows float32, None; or int8 codes and their scales (rows,)."""
+    if hasattr(module, 'codes'):
+        return module.codes, module.scale
+    return int8_rows(module.weight) if kind == 'int8' else (module.weight, None)
 
 
-def floats(x):
-    return x.detach().to('cpu', torch.float32).contiguous()
+def in_16s(x):
+    return F.pad(x, (0, -len(x) % 16))

@@ -61,6 +61,8 @@ def to_ternary(model, head='int8'):
         raise ValueError(f"head is 'int8' or 'fp32', got {head!r}")
     if not bit_linears(model):
         raise ValueError("a full-precision model (linear='fp') has no ternary weights to pack")
+    if bit_linears(model)[0].frozen:
+        return model  # packed already
     packed = copy.deepcopy(model).eval().requires_grad_(False)
     for layer in bit_linears(packed):
         layer.freeze()

@@ -19,6 +19,7 @@ import torch
 import checkpoint
 from configurator import UserError, configure, run
 from decode import stream
+from native import fast_decoder
 from runtime import pick_device
 from tokenizer import get_tokenizer
 
@@ -27,6 +28,7 @@ from tokenizer import get_tokenizer
 class SampleSettings:
     """Generates text. Layers count from 0: exit_layer k runs blocks 0 to k."""
     out_dir: str = ''  # the run to sample from; empty: the newest
+    checkpoint: str = 'ckpt.pt'  # the file in its folder: the best model, or packed.pt, which pack.py writes
     prompt: str = ''  # the text to continue; empty: start a new document
     prompt_file: str = ''  # read the prompt from this file instead, - for stdin
     max_new_tokens: int = 300  # how many tokens to generate
@@ -34,6 +36,7 @@ class SampleSettings:
     top_k: int | None = None  # choose among the k likeliest tokens only
     exit_layer: int | None = None  # the deepest block to run; none: all
     exit_mode: Literal['none', 'gate', 'confidence'] = 'none'  # let each token leave earlier: by gate, by confidence
+    packed: bool = True  # on a CPU, decode with packed weights: stored ternary codes, int8 head, C where it compiles
     exit_threshold: float = 0.5  # leave when the gate (A6) or the largest probability exceeds this
     device: str = 'auto'  # auto, cpu, cuda, cuda:1, mps
     seed: int = 1337  # of the sampling
@@ -58,7 +61,7 @@ def main(argv):
     device = pick_device(s.device)
     prompt = read_prompt(s)
     out_dir = checkpoint.find_run(s.out_dir)
-    model, settings = checkpoint.load_checkpoint(os.path.join(out_dir, 'ckpt.pt'), device)
+    model, settings = checkpoint.load_checkpoint(os.path.join(out_dir, s.checkpoint), device)
     tokenizer = get_tokenizer(settings['meta']['tokenizer'])
 
     ids = list(tokenizer.encode(prompt)) or [tokenizer.eot]
@@ -66,10 +69,14 @@ def main(argv):
     if len(ids) > block_size:
         print(f'the prompt has {len(ids)} tokens, the model sees {block_size}: the first {len(ids) - block_size} are '
               'cropped')
+    decoder = None
+    if s.packed and device.type == 'cpu' and model.config.linear != 'fp':
+        model, decoder, how = fast_decoder(model)
+        print(f'decoding: {how} (--packed=False for the model as it was trained)')
     try:
         steps = stream(model, torch.tensor([ids], device=device), s.max_new_tokens, s.temperature, s.top_k,
                        s.exit_layer, None if s.exit_mode == 'none' else s.exit_mode, s.exit_threshold,
-                       torch.Generator(device).manual_seed(s.seed))
+                       torch.Generator(device).manual_seed(s.seed), decoder)
     except ValueError as error:
         raise UserError(str(error)) from None
 

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
+import bench
 import eval_exits
+import pack
 import prepare
 import sample
 import train
@@ -16,7 +18,7 @@ import train
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / 'README.md').read_text()
 SETTINGS = {'train.py': train.TrainSettings, 'sample.py': sample.SampleSettings, 'prepare.py': prepare.Settings,
-            'eval_exits.py': eval_exits.EvalSettings}
+            'eval_exits.py': eval_exits.EvalSettings, 'pack.py': pack.PackSettings, 'bench.py': bench.BenchSettings}
 WALKTHROUGH = [line for line in README.splitlines() if re.match(r'\| [^|]*(A\d|B\d)', line)]
 COMMANDS = [command for block in re.findall(r'```sh\n(.*?)```', README, re.S) for command in block.splitlines()]
 
@@ -90,7 +92,8 @@ def test_requirements_are_the_named_packages():
 @pytest.mark.parametrize('script', SETTINGS)
 def test_help_lists_every_setting_with_its_comment(script, capsys, monkeypatch):
     monkeypatch.setattr(sys, 'argv', [script])
-    module = {'train.py': train, 'sample.py': sample, 'prepare.py': prepare, 'eval_exits.py': eval_exits}[script]
+    module = {'train.py': train, 'sample.py': sample, 'prepare.py': prepare, 'eval_exits.py': eval_exits,
+              'pack.py': pack, 'bench.py': bench}[script]
     with pytest.raises(SystemExit) as stop:
         module.main(['--help'])
     lines = capsys.readouterr().out.splitlines()

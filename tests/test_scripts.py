@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 import checkpoint
 import eval_exits
+import pack
 import sample
 import train
 from configurator import UserError
@@ -63,7 +64,7 @@ def test_sample_greedy_text_is_the_models(capsys):
     ids = list(b'def ')
     for _ in range(12):
         ids.append(model(torch.tensor([ids]))[0][0, -1].argmax().item())
-    out = text_of(capsys, '--prompt=def ', '--temperature=0', '--max_new_tokens=12')
+    out = text_of(capsys, '--prompt=def ', '--temperature=0', '--max_new_tokens=12', '--packed=False')
     assert bytes(ids).decode(errors='replace') in out
 
 
@@ -114,6 +115,21 @@ def test_truncated_checkpoint_exits_with_2(run):
     assert done.returncode == 2 and done.stderr.startswith('error: out/cut/ckpt.pt is damaged')
     assert 'Traceback' not in done.stderr
     Path('out/cut/ckpt.pt').unlink()
+
+
+# ---- pack.py
+
+def test_packed_file_is_small_and_speaks(capsys):
+    """A tenth of the trained file; the same text with and without C, and all exits can be evaluated."""
+    pack.main([])
+    out = capsys.readouterr().out
+    assert out.count('validation PPL') == 2
+    assert Path('out/run/packed.pt').stat().st_size < Path('out/run/ckpt.pt').stat().st_size / 2
+    texts = [text_of(capsys, '--checkpoint=packed.pt', '--prompt=def ', '--temperature=0', flag)
+             for flag in ('--packed=True', '--packed=False')]
+    assert texts[0].split('\ndef ')[1].split('tokens')[0] == texts[1].split('\ndef ')[1].split('tokens')[0]
+    eval_exits.main(['--checkpoint=packed.pt', '--json=packed.json'])
+    assert 'latent' not in json.loads(Path('packed.json').read_text())['weights']
 
 
 # ---- eval_exits.py
