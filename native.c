@@ -18,9 +18,9 @@ tokens share the call: integers are exact, each sum of floats has one fixed orde
 the compiler is not allowed to reorder it or to fuse products into it (-ffp-contract=off).
 
 Threads. One of them leads: it runs the step as it is written below and, where there are many rows or heads, lays them
-out in pieces for all to take. It never waits for a thread that has taken none. So on a busy machine, where the helpers
-do not get to run, a step takes what it takes on one thread. (With the regions of OpenMP, which end when all threads
-have come to their end, it took 5 to 100 times as long.)
+out in pieces for all to take. It never waits for a thread that has taken none. So on a busy machine, where helpers do
+not get to run, a step takes what it takes on one thread. (With the regions of OpenMP, which end when all threads have
+come to their end, it took 5 to 100 times as long.)
 
 From top to bottom: what native.py fills in; sums; the input of a linear; the kernels; a step under way and its team;
 the tasks that are shared out; the same for each instruction set; the step. How the weights lie in memory is drawn in
@@ -41,15 +41,15 @@ enum { NONE, LAYERNORM, RMSNORM };  // norms
 enum { PLAIN, RELU2, SWIGLU };      // the input of a linear: as it is, or `down`'s
 enum { FULL, GATE, CONFIDENCE };    // who may leave before the last block
 
-// --------------------------------------------------------------------------------------------------------------------
+// -------------------------------------------------------------------------------------------------------------------
 // what native.py fills in, field by field. C: n_embd, D: C / n_head, V: vocab_size, "16s": up to a multiple of 16
 
 typedef struct {                // y = W Q(FWHT?(norm?(norm?(activation?(x)))))
-    const void *weights;        // FLOAT (rows, cols), INT8 (rows / 16, cols / 16, 4, 64), TERNARY (rows / 16, cols / 16, 64)
-    const float *scales;        // (rows 16s) of the weights, 0 in the padding; not for FLOAT
-    const float *norm_weight;   // (inputs) of the norm in front of this linear; NULL: there is none
+    const void *weights;       // FLOAT (rows, cols); 16s / 16: INT8 (rows, cols, 4, 64), TERNARY (rows, cols, 64)
+    const float *scales;       // (rows 16s) of the weights, 0 in the padding; not for FLOAT
+    const float *norm_weight;  // (inputs) of the norm in front of this linear; NULL: there is none
     int kind, rows, inputs, cols;  // cols: inputs or, where they are transformed, the next power of two
-    int activation, norm, linear_norm, hadamard, bits;  // norm: of which kind in front; linear_norm: inside, no weight
+    int activation, norm, linear_norm, hadamard, bits;  // norm: the kind in front; linear_norm: inside, no weight
 } Linear;
 
 typedef struct {
@@ -63,7 +63,7 @@ typedef struct {
     const void *embedding;          // (V, C) float or, with scales, int8
     const float *embedding_scales;  // (V)
     const float *cos, *sin;         // (block_size, D / 2) of RoPE
-    float *k, *v;                   // (n_layer, n_kv_head, block_size / 16, D, 16), (n_layer, n_kv_head, block_size, D)
+    float *k, *v;                   // (n_layer, n_kv_head, block_size 16s / 16, D, 16), (., ., block_size, D)
     char *workspace;                // workspace_bytes() of them
     int n_layer, n_head, n_kv_head, n_embd, vocab_size, block_size, gate_dim, normed_exits, threads, isa;
 } Decoder;
@@ -82,7 +82,7 @@ static int larger(int a, int b) { return a > b ? a : b; }
 static int smaller(int a, int b) { return a < b ? a : b; }
 #define INLINE static inline __attribute__((always_inline))
 
-// --------------------------------------------------------------------------------------------------------------------
+// -------------------------------------------------------------------------------------------------------------------
 // sums. Loops over LANES become vector instructions: 16 floats are one register of AVX-512, two of AVX2, four of SSE
 
 static float fold(float *lanes) {
@@ -150,7 +150,7 @@ static float exponential(float x) {
     return (p * r * r + r + 1) * float_of((nearest(n) + 127) << 23);
 }
 
-// --------------------------------------------------------------------------------------------------------------------
+// -------------------------------------------------------------------------------------------------------------------
 // the input of a linear
 
 typedef struct {  // as the product reads it, of one token: a cache line, and the codes (or floats) behind it
@@ -225,10 +225,10 @@ static void quantize(const float *x, int n, int bits, Slot *slot) {
     slot->scale = scale, slot->sum = total;
 }
 
-// --------------------------------------------------------------------------------------------------------------------
+// -------------------------------------------------------------------------------------------------------------------
 // kernels: sums[t][r] = sum_k w[r][k] x[t][k] in exact int32, of 16 rows r and n <= GROUP tokens t. Weights come 16
-// columns at a time: 64 bytes if ternary, 4 x 64 if int8, which native.py draws. The 4-byte lane r of each 64 bytes belongs
-// to row r, so nothing is ever summed across lanes.
+// columns at a time: 64 bytes if ternary, 4 x 64 if int8, which native.py draws. The 4-byte lane r of each 64 bytes
+// belongs to row r, so nothing is ever summed across lanes.
 
 typedef void Kernel(const uint8_t *w, int blocks, const int8_t *const *x, int n, int ternary, int32_t sums[][LANES]);
 typedef uint32_t Rows __attribute__((vector_size(4 * LANES)));
@@ -277,8 +277,8 @@ AVX512 INLINE void multiply_512(const uint8_t *w, int blocks, const int8_t *cons
     }
 }
 
-// Without VNNI, 8 rows at a time. Its product of unsigned and signed bytes adds them up in pairs, in int16: enough for
-// codes 0 ... 2, even for four such pairs. Bytes up to 255 are widened first, the even and the odd ones on their own.
+// Without VNNI, 8 rows at a time. The product of unsigned and signed bytes sums pairs of them in int16: enough for codes
+// 0 ... 2, and for four such pairs. Bytes up to 255 are widened first, even and odd ones on their own.
 AVX2 INLINE void multiply_256(const uint8_t *w, int blocks, const int8_t *const *x, const int n, const int ternary,
                               int32_t sums[][LANES]) {
     const __m256i three = _mm256_set1_epi8(3), ones = _mm256_set1_epi16(1), low = _mm256_set1_epi16(255);
@@ -296,7 +296,8 @@ AVX2 INLINE void multiply_256(const uint8_t *w, int blocks, const int8_t *const 
                         __m256i p = _mm256_maddubs_epi16(codes, q);
                         pairs[t] = s ? _mm256_add_epi16(pairs[t], p) : p;
                     } else {
-                        __m256i q_even = _mm256_srai_epi16(_mm256_slli_epi16(q, 8), 8), q_odd = _mm256_srai_epi16(q, 8);
+                        __m256i q_even = _mm256_srai_epi16(_mm256_slli_epi16(q, 8), 8);
+                        __m256i q_odd = _mm256_srai_epi16(q, 8);
                         total[t] = _mm256_add_epi32(total[t], _mm256_madd_epi16(even, q_even));
                         total[t] = _mm256_add_epi32(total[t], _mm256_madd_epi16(odd, q_odd));
                     }
@@ -325,7 +326,7 @@ AVX2 static void kernel_avx2(const uint8_t *w, int blocks, const int8_t *const *
 }
 #endif
 
-// --------------------------------------------------------------------------------------------------------------------
+// -------------------------------------------------------------------------------------------------------------------
 // a step under way, and the team that shares its work
 
 typedef struct Run Run;
@@ -363,7 +364,7 @@ static int take_pieces(unsigned id) {
     unsigned offer = atomic_load_explicit(&team.offer, memory_order_acquire);
     while (id < offer >> 16 && (offer & 0xffff)) {
         if (!atomic_compare_exchange_weak_explicit(&team.offer, &offer, offer - 1, memory_order_acq_rel,
-                                                   memory_order_acquire)) continue;  // another was quicker: look again
+                                                   memory_order_acquire)) continue;  // not the first: look again
         team.run->task(team.run, (int)(offer & 0xffff) - 1, team.run->scratch + (int64_t)team.run->X * id);
         atomic_fetch_sub_explicit(&team.unfinished, 1, memory_order_release);
         offer = atomic_load_explicit(&team.offer, memory_order_acquire);
@@ -423,7 +424,7 @@ static void wake_helpers(int threads) {
 static int64_t lay_out(const Decoder *d, Run *run) {
     const Block *b = d->blocks;
     int C = up_to(LANES, d->n_embd), Q = up_to(LANES, b->qkv.rows), F = up_to(LANES, b->up.rows);
-    int widest = larger(larger(b->qkv.cols, b->o.cols), larger(b->down.cols, d->block_size)), X = up_to(LANES, widest);
+    int X = up_to(LANES, larger(larger(b->qkv.cols, b->o.cols), larger(b->down.cols, d->block_size)));
     char *at = d->workspace;
     *run = (Run){.d = d, .C = C, .Q = Q, .F = F, .X = X, .slot_bytes = 64 + (int64_t)X * sizeof(float)};
     run->qkv = (float *)at, at += CHUNK * Q * sizeof(float);
@@ -436,7 +437,7 @@ static int64_t lay_out(const Decoder *d, Run *run) {
 
 static Slot *slot(const Run *run, int t) { return (Slot *)(run->slots + t * run->slot_bytes); }
 
-// --------------------------------------------------------------------------------------------------------------------
+// -------------------------------------------------------------------------------------------------------------------
 // tasks
 
 // The input of token t, to its slot, by way of x.
@@ -445,7 +446,7 @@ INLINE void prepare(Run *run, int t, float *x) {
     int n = L->inputs;
     activate(run->in + (int64_t)t * run->in_stride, n, L->activation, x);
     if (L->norm_weight) normalize(x, L->norm_weight, n, L->norm, 1e-5f);
-    if (L->linear_norm) normalize(x, NULL, n, L->linear_norm, L->linear_norm == RMSNORM ? 0x1p-23f : 1e-5f);  // as torch
+    if (L->linear_norm) normalize(x, NULL, n, L->linear_norm, L->linear_norm == RMSNORM ? 0x1p-23f : 1e-5f);
     if (L->hadamard) {
         memset(x + n, 0, (up_to(LANES, L->cols) - n) * sizeof *x);
         fwht(x, L->cols);
@@ -465,8 +466,9 @@ INLINE void multiply_integers(Run *run, int i, int t, Kernel *kernel) {
     kernel((const uint8_t *)L->weights + (int64_t)i * blocks * (ternary ? 64 : 256), blocks, x, n, ternary, sums);
     for (int j = 0; j < n; j++) {
         const Slot *s = slot(run, t + j);
+        const float *scales = L->scales + i * LANES;
         float *out = run->out + (int64_t)(t + j) * run->out_stride + i * LANES, y[LANES];
-        for (int r = 0; r < LANES; r++) y[r] = (float)(sums[j][r] - excess * s->sum) * s->scale * L->scales[i * LANES + r];
+        for (int r = 0; r < LANES; r++) y[r] = (float)(sums[j][r] - excess * s->sum) * s->scale * scales[r];
         if (run->add) for (int r = 0; r < LANES; r++) out[r] += y[r];
         else if (rows >= LANES) memcpy(out, y, sizeof y);
         else memcpy(out, y, rows * sizeof *y);
@@ -566,7 +568,7 @@ INLINE float confidence(const float *logits, int n) {
     return 1 / total;
 }
 
-// --------------------------------------------------------------------------------------------------------------------
+// -------------------------------------------------------------------------------------------------------------------
 // all this once for each instruction set: "flatten" inlines, and so compiles anew, what a function calls
 
 #define COMPILE(SET, set) \
@@ -597,19 +599,20 @@ static const struct {
 int best_isa(void) {  // the best of SETS here
 #ifdef __x86_64__
     __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni")) return 2;
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq")
+        && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni")) return 2;
     if (__builtin_cpu_supports("avx2")) return 1;
 #endif
     return 0;
 }
 
-// --------------------------------------------------------------------------------------------------------------------
+// -------------------------------------------------------------------------------------------------------------------
 // the step
 
 // out = or += L(in), of all tokens at hand; strides are the lengths of their rows.
 static void linear(Run *run, const Linear *L, const float *in, int in_stride, float *out, int out_stride, int add) {
-    run->L = L, run->in = in, run->in_stride = in_stride, run->out = out, run->out_stride = out_stride, run->add = add;
+    run->L = L, run->in = in, run->in_stride = in_stride;
+    run->out = out, run->out_stride = out_stride, run->add = add;
     share_out(run, SETS[run->d->isa].prepare, run->T);
     share_out(run, SETS[run->d->isa].multiply, 2 * run->d->threads);
 }
@@ -643,8 +646,10 @@ static int leaves(Run *run, const Step *s, const float *h) {
 
 static void embed(const Decoder *d, int64_t token, float *h) {
     int C = d->n_embd;
-    if (!d->embedding_scales) memcpy(h, (const float *)d->embedding + token * C, C * sizeof *h);
-    else for (int i = 0; i < C; i++) h[i] = ((const int8_t *)d->embedding)[token * C + i] * d->embedding_scales[token];
+    if (d->embedding_scales) {
+        const int8_t *codes = (const int8_t *)d->embedding + token * C;
+        for (int i = 0; i < C; i++) h[i] = codes[i] * d->embedding_scales[token];
+    } else memcpy(h, (const float *)d->embedding + token * C, C * sizeof *h);
 }
 
 void step(const Decoder *d, Step *s) {
@@ -663,8 +668,9 @@ void step(const Decoder *d, Step *s) {
         }
     }
     int has_logits = run.has_left && s->exit_mode == CONFIDENCE;
+    const float *h = s->h + (int64_t)(s->T - s->n_logits) * run.C;
     for (int i = 0; i < s->n_logits && !has_logits; i += CHUNK)
-        read_out(&run, smaller(CHUNK, s->n_logits - i), s->h + (int64_t)(s->T - s->n_logits + i) * run.C, s->exit_layer,
+        read_out(&run, smaller(CHUNK, s->n_logits - i), h + (int64_t)i * run.C, s->exit_layer,
                  s->logits + (int64_t)i * d->vocab_size);
     pthread_mutex_unlock(&team.leading);
 }

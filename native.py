@@ -38,7 +38,7 @@ FLAGS = ['-std=gnu11', '-O3', '-shared', '-fPIC', '-pthread', '-ffp-contract=off
 ISAS = ('portable C', 'AVX2', 'AVX-512 VNNI')  # by native.c's numbers
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------------------------
 # the library
 
 def available():
@@ -68,7 +68,8 @@ def load(folder):
     if os.name != 'posix':
         raise BuildError('native decoding needs POSIX threads (Linux, macOS)')
     compiler = os.environ.get('CC') or next(filter(shutil.which, ('cc', 'gcc', 'clang')), None)
-    key = '\0'.join([SOURCE.read_text(encoding='utf-8'), *FLAGS, str(compiler), platform.system(), platform.machine()])
+    key = '\0'.join([SOURCE.read_text(encoding='utf-8'), *FLAGS, str(compiler), platform.system(),
+                     platform.machine()])
     path = folder / f'native-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so'
     if not path.exists():
         if not compiler:
@@ -110,25 +111,25 @@ def temporary_folder():
     return tempfile.TemporaryDirectory(prefix='bitskip-')  # removed at exit
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------------------------
 # layouts
 #
-# The kernels take 16 rows of a matrix at a time, one in each 4-byte lane of 64 bytes. vpdpbusd multiplies the 4 bytes of
-# every lane with 4 int8 inputs, the same for all lanes, and adds the products to that lane's int32. When all columns are
+# The kernels take 16 rows of a matrix at a time, one in each 4-byte lane of 64 bytes. vpdpbusd multiplies the 4 bytes
+# of every lane with 4 int8 inputs, the same for all lanes, and adds the products to that lane's int32. When all are
 # through, the 16 lanes are 16 rows of the product: no sum across lanes, no transposition.
 #
-#     64 bytes        |      row 0      |      row 1      |  ...  |      row 15     |
-#                     |  0   1   2   3  |  4   5   6   7  |  ...  | 60  61  62  63  |
+#     64 bytes     |      row 0      |      row 1      |  ...  |      row 15     |
+#                  |  0   1   2   3  |  4   5   6   7  |  ...  | 60  61  62  63  |
 #
-#     int8            byte 4r + j  =  w[r, j] + 128                                            16 rows x 4 columns
+#     int8         byte 4r + j  =  w[r, j] + 128                                            16 rows x 4 columns
 #
-#     ternary         byte 4r + j  =    w[r, 12+j] + 1   w[r, 8+j] + 1   w[r, 4+j] + 1   w[r, j] + 1     16 rows x
-#                                         bits 7 6          bits 5 4        bits 3 2       bits 1 0      16 columns
+#     ternary      byte 4r + j  =    w[r, 12+j] + 1   w[r, 8+j] + 1   w[r, 4+j] + 1   w[r, j] + 1     16 rows x
+#                                      bits 7 6          bits 5 4        bits 3 2       bits 1 0      16 columns
 #
-#                     (bytes >> 2s) & 3 is then the 64 bytes of columns 4s ... 4s + 3
+#                  (bytes >> 2s) & 3 is then the 64 bytes of columns 4s ... 4s + 3
 #
-# Weights are stored unsigned, as the instruction wants one of its operands; what that adds to the sum is taken off again:
-# sum_k (w_k + 1) x_k - sum_k x_k = sum_k w_k x_k.
+# Weights are stored unsigned, as the instruction wants one of its operands; what that adds to the sum is taken off
+# again: sum_k (w_k + 1) x_k - sum_k x_k = sum_k w_k x_k.
 
 def ternary_blocks(codes):
     """codes (rows, cols) int8 in {-1, 0, 1} -> (rows / 16, cols / 16, 64) uint8, both rounded up."""
@@ -142,12 +143,14 @@ def int8_blocks(codes):
 
 
 def in_tiles(x):
-    """(rows, cols) -> (rows / 16, cols / 16, 4, 16, 4), contiguous, rounded up: row 16 R + r, column 16 b + 4 s + j."""
+    """(rows, cols) -> (rows / 16, cols / 16, 4, 16, 4), both rounded up: [R, b, s, r, j] is row 16R + r, column
+    16b + 4s + j."""
     x = F.pad(x, (0, -x.shape[1] % 16, 0, -x.shape[0] % 16))
-    return x.unflatten(1, (-1, 4, 4)).unflatten(0, (-1, 16)).permute(0, 2, 3, 1, 4).contiguous()  # R r b s j -> R b s r j
+    tiles = x.unflatten(1, (-1, 4, 4)).unflatten(0, (-1, 16))  # [R, r, b, s, j]
+    return tiles.permute(0, 2, 3, 1, 4).contiguous()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------------------------
 # the structures of native.c, field by field
 
 def structure(name, *fields):
@@ -169,29 +172,29 @@ ACTIVATIONS = {None: 0, 'relu2': 1, 'swiglu': 2}
 EXIT_MODES = {None: 0, 'gate': 1, 'confidence': 2}
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------------------------
 
 def fast_decoder(model):
-    """What decodes one text quickest on this CPU: (the packed model, its decoder or None for PyTorch, how in words)."""
+    """What decodes one text quickest on this CPU: (packed model, its decoder or None for PyTorch, how in words)."""
     packed = to_ternary(model)
     native_step, how = available()
     if native_step:
-        return packed, Decoder(packed), f'native step ({how}), int8 head'
+        return packed, Decoder(packed), f'{how}, int8 head'
     return packed, None, f'packed weights in PyTorch, int8 head; no native step, since {how}'
 
 
 class Decoder:
-    """A model packed for native.c, and the key-value cache of one text.
+    """A model packed for native.c, and the key-value cache of one text. The twin of decode.Decoder.
 
-    model: a BitSkip with ternary layers. head: 'int8' rounds a float head and embedding to 8 bits as packed.to_ternary
-    does; by default they are as the model has them (and then share its memory). threads: at most how many, by default
+    model: a BitSkip with ternary layers, packed or not. head: 'int8' rounds head and embedding to 8 bits, as
+    packed.to_ternary does; 'fp32' leaves them (and shares their memory). threads: at most how many, by default
     torch.get_num_threads(). isa: an index of ISAS, by default the best here; all give the same bits.
     RuntimeError where native decoding is not available, ValueError if the model cannot be decoded so.
 
     length: how many tokens the cache holds; setting it back forgets the newest.
-    states (T, C) float32: the hidden states, before any norm, that the newest tokens left the blocks with."""
+    states (T, C) float32: the hidden states that the newest tokens left the blocks with, before any norm."""
 
-    def __init__(self, model, head=None, threads=None, isa=None):
+    def __init__(self, model, head='int8', threads=None, isa=None):
         self.lib, how = library()
         if self.lib is None:
             raise RuntimeError(how)
@@ -201,8 +204,8 @@ class Decoder:
             raise ValueError("native decoding is for ternary weights, and this model has none (linear='fp')")
         if any(layer.latent for layer in bit_linears(model)):
             raise ValueError('native decoding is for ternary weights, and this model computes with its latent ones')
-        if head not in (None, 'int8'):
-            raise ValueError(f"head is None or 'int8', got {head!r}")
+        if head not in ('int8', 'fp32') or (head == 'fp32' and hasattr(model.head, 'codes')):
+            raise ValueError(f"head is 'int8' or, unless the model's is rounded already, 'fp32'; got {head!r}")
         if not 1 <= threads <= 1024 or not 0 <= isa <= best:
             raise ValueError(f'threads is 1 to 1024 and isa 0 to {best} here, got {threads} and {isa}')
         self.config, self.tensors = model.config, []
@@ -221,12 +224,11 @@ class Decoder:
         """The CDecoder of a model."""
         config = model.config
         D, tiles = config.n_embd // config.n_head, -(-config.block_size // 16)
-        self.c_blocks = (CBlock * config.n_layer)(*starmap(self.describe_block, zip_longest(model.blocks, model.gates)))
+        blocks = starmap(self.describe_block, zip_longest(model.blocks, model.gates))  # the last block has no gate
+        self.c_blocks = (CBlock * config.n_layer)(*blocks)
         embedding, embedding_scales = rows_of(model.embedding, head)
-        head, head_scales = rows_of(model.head, head)
-        kind = 'fp32' if head_scales is None else 'int8'
         c = CDecoder(
-            head=self.describe_linear(head, head_scales, kind, config.n_embd, config.n_embd, model.norm),
+            head=self.describe_linear(*rows_of(model.head, head), head, config.n_embd, config.n_embd, model.norm),
             blocks=ctypes.addressof(self.c_blocks),
             embedding=self.keep(embedding), embedding_scales=self.keep(embedding_scales),
             cos=self.keep(model.rope_cos), sin=self.keep(model.rope_sin),
@@ -285,22 +287,20 @@ class Decoder:
         exit_layer (default: the last) or, for a single token with exit_mode 'gate' or 'confidence', the first layer
         whose score is above exit_threshold, as in decode.py. ValueError if the tokens are none, do not fit into
         block_size or are not in the vocabulary, or the model or its cache do not have what this takes."""
-        config = self.config
-        last = config.n_layer - 1 if exit_layer is None else exit_layer
+        last = self.config.n_layer - 1 if exit_layer is None else exit_layer
         if exit_mode not in EXIT_MODES:
             raise ValueError(f"exit_mode is 'gate' or 'confidence', got {exit_mode!r}")
-        if exit_mode == 'gate' and not config.gate_dim:
+        if exit_mode == 'gate' and not self.config.gate_dim:
             raise ValueError("this model has no gates (gate_dim=0); exit_mode='confidence' needs none")
-        tokens = tokens.flatten().tolist() if torch.is_tensor(tokens) else list(tokens)
-        T = len(tokens)
+        tokens = self.as_list(tokens)
         self.states, logits, layer = self.run(tokens, None, self.length, 0, last, n_logits,
-                                              exit_mode if T == 1 else None, exit_threshold)
-        self._length += T
+                                              exit_mode if len(tokens) == 1 else None, exit_threshold)
+        self._length += len(tokens)
         return logits, layer
 
     def embed(self, tokens):
         """The states (T, C) that block 0 reads, of tokens (T)."""
-        return self.run(list(tokens), None, 0, 0, -1, 0)[0]
+        return self.run(self.as_list(tokens), None, 0, 0, -1, 0)[0]
 
     def blocks(self, h, first, last, start=None):
         """h (T, C), the states before block `first` at the positions from `start` (default: length) on -> the states
@@ -314,40 +314,50 @@ class Decoder:
         layer = self.config.n_layer - 1 if layer is None else layer
         return self.run(None, h, 0, layer + 1, layer, len(h))[1]
 
+    def as_list(self, tokens):
+        """The tokens of one text, as a list of ids. ValueError if they are none, of several texts, or no ids."""
+        if torch.is_tensor(tokens):
+            if tokens.numel() != tokens.shape[-1]:
+                raise ValueError(f'native decoding is for one text at a time, got tokens {tuple(tokens.shape)}')
+            tokens = tokens.flatten().tolist()
+        if not tokens or min(tokens) < 0 or max(tokens) >= self.config.vocab_size:
+            raise ValueError(f'tokens are one or more of 0 to {self.config.vocab_size - 1}, got {tokens}')
+        return list(tokens)
+
     def run(self, tokens, h, start, first, last, n_logits, exit_mode=None, exit_threshold=0.0):
-        """One call of native.c's step, with its arguments checked: states (T, C), logits (n_logits, V), exit layer."""
-        config = self.config
-        T = len(tokens if h is None else h)
-        if not 0 <= first <= last + 1 <= config.n_layer:
-            raise ValueError(f'layers {first} to {last} are outside the model: its {config.n_layer} layers are 0 to '
-                             f'{config.n_layer - 1}')
-        if not 1 <= T <= config.block_size - start or start < 0:
-            raise ValueError(f'positions {start} to {start + T - 1} do not fit into block_size={config.block_size}, or '
-                             'are none')
+        """One call of native.c's step: (states (T, C), logits (n_logits, V), exit layer).
+
+        Of tokens (T), or from states h (T, C); at positions from `start` on, through blocks first ... last."""
+        C, L, T = self.config.n_embd, self.config.n_layer, len(tokens if h is None else h)
+        if not 0 <= first <= last + 1 <= L:
+            raise ValueError(f'layers {first} to {last} are outside the model: its {L} layers are 0 to {L - 1}')
+        if not 0 <= start < start + T <= self.config.block_size:
+            raise ValueError(f'{T} tokens from position {start} on do not fit into '
+                             f'block_size={self.config.block_size}')
         if not 0 <= n_logits <= T:
             raise ValueError(f'n_logits is 0 to the number of tokens, {T}, got {n_logits}')
         if any(n < start for n in self.filled[first:last + 1]):
-            raise ValueError(f'the cache holds only {self.filled[first:last + 1]} tokens in layers {first} to {last}')
-        states = torch.zeros(T, -(-config.n_embd // 16) * 16)
+            raise ValueError(f'the cache of layers {first} to {last} holds {self.filled[first:last + 1]} tokens, not '
+                             f'the {start} before these')
+        states, logits = torch.zeros(T, -(-C // 16) * 16), torch.empty(max(1, n_logits), self.config.vocab_size)
+        ids = None
         if h is None:
-            if min(tokens) < 0 or max(tokens) >= config.vocab_size:
-                raise ValueError(f'tokens are 0 to {config.vocab_size - 1}, got {min(tokens)} to {max(tokens)}')
-            tokens = ctypes.addressof(keep := (ctypes.c_int64 * T)(*tokens))
+            ids = (ctypes.c_int64 * T)(*tokens)
         else:
-            states[:, :config.n_embd] = h
-        logits = torch.empty(max(n_logits, exit_mode is not None), config.vocab_size)
-        step = CStep(tokens=tokens, h=states.data_ptr(), logits=logits.data_ptr(), T=T, start=start, first=first,
-                     last=last, n_logits=n_logits, exit_mode=EXIT_MODES[exit_mode], threshold=exit_threshold)
+            states[:, :C] = h
+        step = CStep(tokens=ids and ctypes.addressof(ids), h=states.data_ptr(), logits=logits.data_ptr(), T=T,
+                     start=start, first=first, last=last, n_logits=n_logits, exit_mode=EXIT_MODES[exit_mode],
+                     threshold=exit_threshold)
         self.lib.step(self.c, step)
         self.filled[first:last + 1] = [start + T] * (last + 1 - first)
-        return states[:, :config.n_embd], logits[:n_logits], step.exit_layer
+        return states[:, :C], logits[:n_logits], step.exit_layer
 
 
 def rows_of(module, kind):
-    """The matrix of an embedding or a head: rows float32, None; or int8 codes and their scales (rows,)."""
-    if hasattr(module, 'codes'):
-        return module.codes, module.scale
-    return int8_rows(module.weight) if kind == 'int8' else (module.weight, None)
+    """The matrix of an embedding or a head: int8 codes and their scales (rows,), or float32 and None."""
+    if kind == 'fp32':
+        return module.weight, None
+    return (module.codes, module.scale) if hasattr(module, 'codes') else int8_rows(module.weight)
 
 
 def in_16s(x):

@@ -201,7 +201,7 @@ def test_help_shows_docstrings_in_order(capsys):
     assert [text.index(part) for part in parts] == sorted(text.index(part) for part in parts)
 
 
-SCRIPT = '''
+SCRIPT = """
 import sys
 from dataclasses import dataclass
 from configurator import configure, run
@@ -222,7 +222,7 @@ def main(argv):
         print(s.n_embd)
 
 run(main)
-'''
+"""
 
 
 @pytest.fixture

@@ -11,7 +11,8 @@ import tokenizer
 from configurator import UserError
 from tokenizer import get_tokenizer
 
-TEXTS = ['', 'Hello world', 'naïve café 你好 👩‍👩‍👧 🎉', 'a\r\n\tb\x00c', "it's 12345  spaces\n\n\n", 'x <|endoftext|> y']
+TEXTS = ['', 'Hello world', 'naïve café 你好 👩‍👩‍👧 🎉', 'a\r\n\tb\x00c', "it's 12345  spaces\n\n\n",
+         'x <|endoftext|> y']
 
 
 @pytest.fixture(scope='module')
