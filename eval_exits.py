@@ -253,7 +253,7 @@ class EvalSettings:
     split: Literal['val', 'test', 'train'] = 'val'  # of the run's own data set
     batch_size: int = 16  # sequences at a time
     device: str = 'auto'  # auto, cpu, cuda, cuda:1, mps
-    packed: bool = True  # on a CPU, time decoding with packed weights, and measure what their int8 head costs
+    packed: bool = True  # time decoding with packed weights, and measure what their int8 head costs
     json: str = ''  # where to write the figures; empty: eval.json in the run's folder
 
 
@@ -271,7 +271,7 @@ def main(argv):
     losses = evaluate(model, tokens, layers, s.batch_size)
     weights = {'ternary': losses[-1]}
     fast, decoder, how = model, None, 'PyTorch'
-    if s.packed and device.type == 'cpu' and bit_linears(model):
+    if s.packed and bit_linears(model):
         fast, decoder, how = fast_decoder(model)
         weights['packed'] = evaluate(fast, tokens, batch_size=s.batch_size)[-1]
     if not is_packed:

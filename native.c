@@ -277,8 +277,8 @@ AVX512 INLINE void multiply_512(const uint8_t *w, int blocks, const int8_t *cons
     }
 }
 
-// Without VNNI, 8 rows at a time. The product of unsigned and signed bytes sums pairs of them in int16: enough for codes
-// 0 ... 2, and for four such pairs. Bytes up to 255 are widened first, even and odd ones on their own.
+// Without VNNI, 8 rows at a time. The product of unsigned and signed bytes sums pairs of them in int16: enough for
+// codes 0 ... 2, even four pairs of them. Bytes up to 255 are widened first, even and odd ones on their own.
 AVX2 INLINE void multiply_256(const uint8_t *w, int blocks, const int8_t *const *x, const int n, const int ternary,
                               int32_t sums[][LANES]) {
     const __m256i three = _mm256_set1_epi8(3), ones = _mm256_set1_epi16(1), low = _mm256_set1_epi16(255);

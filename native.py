@@ -30,6 +30,7 @@ from itertools import starmap, zip_longest
 import torch
 import torch.nn.functional as F
 
+import triton_ternary
 from packed import int8_rows, to_ternary
 from quant import HBitLinear, bit_linears
 
@@ -175,7 +176,11 @@ EXIT_MODES = {None: 0, 'gate': 1, 'confidence': 2}
 # --------------------------------------------------------------------------------------------------------------------
 
 def fast_decoder(model):
-    """What decodes one text quickest on this CPU: (packed model, its decoder or None for PyTorch, how in words)."""
+    """What decodes one text quickest: (a model, its decoder or None for PyTorch, how in words). On a CPU packed weights
+    with an int8 head, in C if it compiles; on a GPU 2-bit weights by way of Triton, or the model as it is."""
+    if model.device.type != 'cpu':
+        two_bit, how = triton_ternary.available(model.device.type)
+        return (to_ternary(model, head='fp32'), None, how) if two_bit else (model, None, f'as trained, since {how}')
     packed = to_ternary(model)
     native_step, how = available()
     if native_step:

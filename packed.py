@@ -76,7 +76,7 @@ def packed_state(packed):
     state = packed.state_dict()
     for name, layer in packed.named_modules():
         if isinstance(layer, BitLinear):
-            state[f'{name}.codes'] = pack_ternary(layer.codes)
+            state[f'{name}.codes'] = pack_ternary(layer.ternary()[0])
     return state
 
 

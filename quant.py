@@ -28,7 +28,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+import triton_ternary
 from hadamard import fwht, next_pow2, pad_to_pow2
+from triton_ternary import pack_2bit, ternary_matmul, unpack_2bit
 
 EPS = 1e-20  # smallest max|x| and mean|W| that we divide by: only zeros are below it
 
@@ -178,9 +180,26 @@ class BitLinear(nn.Module):
     def frozen(self):
         return 'codes' in self._buffers
 
+    @property
+    def two_bit(self):
+        """Whether frozen codes are kept as a GPU wants them, at 2 bits (uint8), instead of int8."""
+        return self.frozen and self.codes.dtype == torch.uint8
+
     def ternary(self):
         """codes (out, in) int8 and scale () float32 of W^."""
-        return (self.codes, self.scale) if self.frozen else weight_ternary(self.weight)
+        if not self.frozen:
+            return weight_ternary(self.weight)
+        return unpack_2bit(self.codes, self.in_features) if self.two_bit else self.codes, self.scale
+
+    def frozen_product(self, x_codes, x_scale):
+        """x^ W^T of frozen codes: (..., in) int8, (..., 1) -> (..., out) float32."""
+        two_bit, _ = triton_ternary.available(x_codes.device.type)
+        if two_bit != self.two_bit:  # the model has been moved to another kind of device
+            self.codes = pack_2bit(self.codes) if two_bit else self.ternary()[0]
+        if not two_bit:
+            return product(x_codes, x_scale, self.codes, self.scale)
+        y = ternary_matmul(x_codes.flatten(0, -2), self.codes, self.in_features, x_scale.flatten(0, -2), self.scale)
+        return y.reshape(*x_codes.shape[:-1], self.out_features)
 
     def extra_repr(self):
         return f'{self.in_features}, {self.out_features}, act_bits={self.act_bits}, linear_norm={self.linear_norm}'
@@ -216,7 +235,7 @@ def project(x, layers):
     x, bits = first.prepare(x), first.act_bits
     if first.frozen:
         quantized = activation_quant(x, bits)
-        return [product(*quantized, *layer.ternary()).to(x.dtype) for layer in layers]
+        return [layer.frozen_product(*quantized).to(x.dtype) for layer in layers]
     if first.latent:
         return [F.linear(activation_quant_ste(x, bits), layer.weight) for layer in layers]
     if all(int8_fits(x, layer.weight) for layer in layers):

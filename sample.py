@@ -36,7 +36,7 @@ class SampleSettings:
     top_k: int | None = None  # choose among the k likeliest tokens only
     exit_layer: int | None = None  # the deepest block to run; none: all
     exit_mode: Literal['none', 'gate', 'confidence'] = 'none'  # let each token leave earlier: by gate, by confidence
-    packed: bool = True  # on a CPU, decode with packed weights: stored ternary codes, int8 head, C where it compiles
+    packed: bool = True  # decode with packed weights: stored codes; on a CPU an int8 head, and C where it compiles
     exit_threshold: float = 0.5  # leave when the gate (A6) or the largest probability exceeds this
     device: str = 'auto'  # auto, cpu, cuda, cuda:1, mps
     seed: int = 1337  # of the sampling
@@ -70,7 +70,7 @@ def main(argv):
         print(f'the prompt has {len(ids)} tokens, the model sees {block_size}: the first {len(ids) - block_size} are '
               'cropped')
     decoder = None
-    if s.packed and device.type == 'cpu' and model.config.linear != 'fp':
+    if s.packed and model.config.linear != 'fp':
         model, decoder, how = fast_decoder(model)
         print(f'decoding: {how} (--packed=False for the model as it was trained)')
     try:

@@ -49,7 +49,7 @@ def texts(model, n=8, length=7):
     return torch.randint(model.config.vocab_size, (n, length), generator=torch.Generator().manual_seed(1))
 
 
-def assert_same(ours, theirs, tolerance=1e-4):
+def assert_same(ours, theirs, tolerance=2e-5):
     """Each text's logits (T, V) equal, but for texts where a rounding error of 1e-7 has tipped a quantizer over the
     edge between two codes: few, and even these not far off."""
     errors = torch.stack([(a - b).abs().max() for a, b in zip(ours, theirs)])
@@ -104,12 +104,12 @@ def test_greedy_text_and_exits_are_the_models(make, kind, options):
     assert greedy(model, idx, 30, decoder(), **options) == greedy(model, idx, 30, **options)
 
 
-@pytest.mark.parametrize('mode', ['gate', 'confidence'])
-def test_tokens_do_leave_at_different_layers(make, mode):
+@pytest.mark.parametrize('mode, threshold', [('gate', 0.5), ('confidence', 0.25)])
+def test_tokens_do_leave_at_different_layers(make, mode, threshold):
     """The test above would prove little if they did not."""
     model, decoder = make()
-    layers = greedy(model, texts(model)[:1], 30, decoder(), exit_mode=mode, exit_threshold=0.5)[1]
-    assert len(set(layers)) == 3
+    layers = greedy(model, texts(model)[:1], 30, decoder(), exit_mode=mode, exit_threshold=threshold)[1]
+    assert len(set(layers)) > 1
     for threshold, layer in ((0.0, 0), (1.0, 2)):
         layers = greedy(model, texts(model)[:1], 5, decoder(), exit_mode=mode, exit_threshold=threshold)[1]
         assert layers == [2] + [layer] * 4  # the prompt runs in full

@@ -3,6 +3,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+import quant
 from eval_exits import evaluate
 from model import BitSkip, BitSkipConfig
 from packed import int8_rows, load_packed, packed_state, to_ternary
@@ -90,3 +91,21 @@ def test_refusals(make_model):
     state = packed_state(packed) | {'blocks.0.attn.q.codes': torch.full((32, 7), 255, dtype=torch.uint8)}
     with pytest.raises(ValueError, match='over 242'):
         load_packed(packed.config, state)
+
+
+def test_codes_follow_the_device(make_model, tokens, monkeypatch):
+    """Where 2-bit products are available frozen codes become 2-bit ones at the first product, and int8 again where they
+    are not: same logits, same file. (The kernel itself is tested in test_triton.py.)"""
+    packed = to_ternary(make_model())
+    layer, logits = packed.blocks[0].attn.q, packed(tokens())[0]
+
+    def plain(x_codes, codes, k, x_scale, w_scale):
+        assert codes.dtype == torch.uint8
+        return (x_codes.float() @ quant.unpack_2bit(codes, k).float().t()) * (x_scale * w_scale)
+    with monkeypatch.context() as patch:
+        patch.setattr(quant.triton_ternary, 'available', lambda device_type: (True, 'as if on a GPU'))
+        patch.setattr(quant, 'ternary_matmul', plain)
+        assert_close(packed(tokens())[0], logits)
+        assert layer.two_bit and layer.codes.numel() == 32 * 32 // 4
+        assert torch.equal(load_packed(packed.config, packed_state(packed))(tokens())[0], packed(tokens())[0])
+    assert torch.equal(packed(tokens())[0], logits) and not layer.two_bit
