@@ -11,7 +11,6 @@ medians is what counts. Peak memory is that of a process of its own for each cas
 import json
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -170,6 +169,12 @@ def take_turns(functions, rounds):
     return [statistics.median(times) for times in seconds]
 
 
+def own_peak():
+    """MiB that this process has held at most. (getrusage would count its parent's, up to the fork.)"""
+    with open('/proc/self/status') as file:
+        return next(int(line.split()[1]) / 1024 for line in file if line.startswith('VmHWM'))
+
+
 def peak_memory(name, case):
     """MiB of a fresh process that runs this case twice."""
     done = subprocess.run([sys.executable, __file__, f'--only={name}', f'--memory_of={case}'], capture_output=True,
@@ -219,7 +224,7 @@ def main(argv):
         make, shape, settings = everything[s.only].cases[s.memory_of]
         function = make(shape, **settings)
         function(), function()
-        return print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+        return print(own_peak())
     chosen = {name: b for name, b in (QUICK if s.quick else BENCHMARKS).items() if s.only in name}
     if not chosen:
         raise UserError(f"no benchmark has '{s.only}' in its name; there are: {'; '.join(everything)}")
