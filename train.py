@@ -237,7 +237,7 @@ class Run:
         if self.world > 1:  # a block that all samples of a process skip has no gradient there: unused, and no hang
             self.module = DistributedDataParallel(self.model, find_unused_parameters=True)
         self.bar = tqdm(total=s.max_iters, initial=progress['iter'], disable=None if self.processes.is_main else True,
-                        bar_format='{n}/{total} |{bar:12}| {postfix} ETA {remaining}', dynamic_ncols=True)
+                        bar_format='{n}/{total} |{bar:12}| {desc} ETA {remaining}', dynamic_ncols=True)
         self.clock = time.perf_counter() - progress['seconds']
         with Interrupts() as interrupts:
             try:
@@ -274,8 +274,8 @@ class Run:
             self.progress['seconds'] = time.perf_counter() - self.clock
         tokens = s.gradient_accumulation_steps * s.batch_size * s.block_size
         tokens_per_s = tokens / (time.perf_counter() - started)
-        self.bar.set_postfix_str(f'loss {losses["ce"]:.3f} PPL {perplexity(losses["ce"]):.4g} '
-                                 f'{tokens_per_s / 1000:.1f}k tok/s', refresh=False)
+        self.bar.set_description_str(f'loss {losses["ce"]:.3f} PPL {perplexity(losses["ce"]):.4g} '
+                                     f'{tokens_per_s / 1000:.1f}k tok/s', refresh=False)
         self.bar.update()
         if self.progress['iter'] % s.log_interval == 0:
             self.log(iter=self.progress['iter'], **losses, lr=lr, grad_norm=grad_norm, tok_per_s=tokens_per_s,
