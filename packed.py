@@ -27,27 +27,25 @@ def int8_rows(w):
     return codes, scale.squeeze(-1)
 
 
-class Int8Head(nn.Module):
-    """A head of int8 rows on 8-bit activations, in exact integers like a projection: (..., C) -> (..., V) float32."""
+class Int8Rows(nn.Module):
+    """A matrix (V, C) as `int8_rows` has it: `codes` and `scale`."""
 
     def __init__(self, w):
         super().__init__()
         codes, scale = int8_rows(w)
         self.register_buffer('codes', codes)
         self.register_buffer('scale', scale)
+
+
+class Int8Head(Int8Rows):
+    """A head of int8 rows on 8-bit activations, in exact integers like a projection: (..., C) -> (..., V) float32."""
 
     def forward(self, h):
         return product(*activation_quant(h), self.codes, self.scale)
 
 
-class Int8Embedding(nn.Module):
+class Int8Embedding(Int8Rows):
     """An embedding of int8 rows: idx (...) int64 -> (..., C) float32."""
-
-    def __init__(self, w):
-        super().__init__()
-        codes, scale = int8_rows(w)
-        self.register_buffer('codes', codes)
-        self.register_buffer('scale', scale)
 
     def forward(self, idx):
         return self.codes[idx] * self.scale[idx][..., None]
