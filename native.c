@@ -44,7 +44,7 @@ enum { FULL, GATE, CONFIDENCE };    // who may leave before the last block
 // -------------------------------------------------------------------------------------------------------------------
 // what native.py fills in, field by field. C: n_embd, D: C / n_head, V: vocab_size, "16s": up to a multiple of 16
 
-typedef struct {                // y = W Q(FWHT?(norm?(norm?(activation?(x)))))
+typedef struct {               // y = W Q(FWHT?(norm?(norm?(activation?(x)))))
     const void *weights;       // FLOAT (rows, cols); 16s / 16: INT8 (rows, cols, 4, 64), TERNARY (rows, cols, 64)
     const float *scales;       // (rows 16s) of the weights, 0 in the padding; not for FLOAT
     const float *norm_weight;  // (inputs) of the norm in front of this linear; NULL: there is none
@@ -147,7 +147,7 @@ static float exponential(float x) {
     p = p * r + 4.1665795894e-2f;
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
-    return (p * r * r + r + 1) * float_of((nearest(n) + 127) << 23);
+    return (p * r * r + r + 1) * float_of((int32_t)((uint32_t)(nearest(n) + 127) << 23));
 }
 
 // -------------------------------------------------------------------------------------------------------------------
@@ -230,6 +230,9 @@ static void quantize(const float *x, int n, int bits, Slot *slot) {
 // columns at a time: 64 bytes if ternary, 4 x 64 if int8, which native.py draws. The 4-byte lane r of each 64 bytes
 // belongs to row r, so nothing is ever summed across lanes.
 
+#if __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+#error "native.c is for little-endian machines: byte 0 of a lane is its lowest"
+#endif
 typedef void Kernel(const uint8_t *w, int blocks, const int8_t *const *x, int n, int ternary, int32_t sums[][LANES]);
 typedef uint32_t Rows __attribute__((vector_size(4 * LANES)));
 
@@ -380,6 +383,7 @@ static void idle(int spins) {
 #endif
 }
 
+// Do a task of so many pieces, with the help of who comes.
 static void share_out(Run *run, Task *task, int pieces) {
     run->task = task, run->pieces = pieces, team.run = run;
     if (pieces == 1) {
@@ -420,19 +424,21 @@ static void wake_helpers(int threads) {
     pthread_mutex_unlock(&team.lock);
 }
 
-// Lay the buffers out in the workspace. Returns its size in bytes.
+// Lay the buffers out in the workspace, once there is one. Returns its size in bytes.
 static int64_t lay_out(const Decoder *d, Run *run) {
     const Block *b = d->blocks;
     int C = up_to(LANES, d->n_embd), Q = up_to(LANES, b->qkv.rows), F = up_to(LANES, b->up.rows);
     int X = up_to(LANES, larger(larger(b->qkv.cols, b->o.cols), larger(b->down.cols, d->block_size)));
-    char *at = d->workspace;
+    int64_t shared = (int64_t)CHUNK * (Q + C + F), floats = shared + (int64_t)d->threads * X;
     *run = (Run){.d = d, .C = C, .Q = Q, .F = F, .X = X, .slot_bytes = 64 + (int64_t)X * sizeof(float)};
-    run->qkv = (float *)at, at += CHUNK * Q * sizeof(float);
-    run->y = (float *)at, at += CHUNK * C * sizeof(float);
-    run->ffn = (float *)at, at += CHUNK * F * sizeof(float);
-    run->scratch = (float *)at, at += (int64_t)d->threads * X * sizeof(float);
-    run->slots = at, at += CHUNK * run->slot_bytes;
-    return at - d->workspace;
+    if (d->workspace) {
+        run->qkv = (float *)d->workspace;
+        run->y = run->qkv + CHUNK * Q;
+        run->ffn = run->y + CHUNK * C;
+        run->scratch = run->qkv + shared;
+        run->slots = (char *)(run->qkv + floats);
+    }
+    return floats * sizeof(float) + CHUNK * run->slot_bytes;
 }
 
 static Slot *slot(const Run *run, int t) { return (Slot *)(run->slots + t * run->slot_bytes); }
@@ -614,7 +620,7 @@ static void linear(Run *run, const Linear *L, const float *in, int in_stride, fl
     run->L = L, run->in = in, run->in_stride = in_stride;
     run->out = out, run->out_stride = out_stride, run->add = add;
     share_out(run, SETS[run->d->isa].prepare, run->T);
-    share_out(run, SETS[run->d->isa].multiply, 2 * run->d->threads);
+    share_out(run, SETS[run->d->isa].multiply, smaller(2 * run->d->threads, up_to(LANES, L->rows) / LANES));
 }
 
 // One block. A token that has left gives it keys and values, and nothing else (state propagation).

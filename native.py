@@ -72,14 +72,16 @@ def load(folder):
     key = '\0'.join([SOURCE.read_text(encoding='utf-8'), *FLAGS, str(compiler), platform.system(),
                      platform.machine()])
     path = folder / f'native-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so'
-    if not path.exists():
-        if not compiler:
-            raise BuildError('there is no C compiler here (cc, gcc or clang, or what CC names)')
-        compile_library(shlex.split(compiler), path)
+    if path.exists():
+        with contextlib.suppress(OSError):  # damaged: compile it anew
+            return ctypes.CDLL(str(path))
+    if not compiler:
+        raise BuildError('there is no C compiler here (cc, gcc or clang, or what CC names)')
+    compile_library(shlex.split(compiler), path)
     try:
         return ctypes.CDLL(str(path))
     except OSError as error:
-        raise BuildError(f'{path} does not load: {error}') from None
+        raise BuildError(f'native.c compiles, but does not load: {error}') from None
 
 
 def compile_library(compiler, path):
