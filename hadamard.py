@@ -30,8 +30,9 @@ def fwht(x):
     n = require_pow2(x.shape[-1] if x.dim() else 0)
     log_n = n.bit_length() - 1
     a, b = 1 << log_n // 2, 1 << (log_n - log_n // 2)  # n = a b, as square as can be
-    X = (x * n ** -0.5).reshape(-1, a, b)  # the scale first, so that no sum outgrows a 16-bit float
-    Y = signs(a, x.dtype, x.device) @ (X @ signs(b, x.dtype, x.device))  # H_a X H_b
+    X = x.reshape(-1, a, b)
+    H_b = signs(b, x.dtype, x.device) * n ** -0.5  # all of the scale here, so that no sum outgrows a 16-bit float
+    Y = signs(a, x.dtype, x.device) @ (X @ H_b)  # H_a X H_b
     return Y.reshape(x.shape)
 
 

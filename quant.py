@@ -47,12 +47,14 @@ def weight_ternary(w):
 
 
 def activation_quant(x, bits=8):
-    """A2: x (..., k), floating -> codes (..., k) int8 of `bits` (2 to 8) bits, scale (..., 1) float32 = max|x| / q."""
+    """A2: x (..., k), floating -> codes (..., k) int8 of `bits` (2 to 8) bits, scale (..., 1) float32 = s / q.
+
+    With s = max|x| nothing is left to clip: the codes are -q ... q."""
     q = 2 ** (bits - 1) - 1
     x = x.detach().float()
-    scale = x.abs().amax(dim=-1, keepdim=True).clamp(min=EPS) / q
-    codes = (x / scale).round_().clamp_(-q - 1, q).to(torch.int8)
-    return codes, scale
+    s = torch.maximum(x.amax(-1, keepdim=True), -x.amin(-1, keepdim=True)).clamp_(min=EPS)  # without writing |x|
+    codes = (x * (q / s)).round_().to(torch.int8)
+    return codes, s / q
 
 
 def straight_through(x, x_hat):
@@ -92,20 +94,23 @@ class IntegerLinear(torch.autograd.Function):
         ctx.dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         ctx.x_dtype, ctx.rows = x.dtype, [len(w) for w in weights]
         x_codes, x_scale = activation_quant(x.reshape(-1, x.shape[-1]), bits)  # (N, in) int8, (N, 1)
-        w_codes, w_scale = zip(*map(weight_ternary, weights))
+        w_codes, w_scales = zip(*map(weight_ternary, weights))
         w_codes = torch.cat(w_codes)  # (out, in) int8
-        w_scale = torch.cat([scale.expand(rows) for scale, rows in zip(w_scale, ctx.rows)])  # (out,)
-        ctx.save_for_backward(x_codes, x_scale, w_codes, w_scale)
-        y = torch._int_mm(x_codes, w_codes.t()).float().mul_(x_scale).mul_(w_scale)  # (N, out)
+        ctx.save_for_backward(x_codes, x_scale, w_codes, *w_scales)
+        y = torch._int_mm(x_codes, w_codes.t()).float()  # (N, out)
+        for part, scale in zip(y.split(ctx.rows, dim=1), w_scales):
+            part.mul_(x_scale * scale)
         return y.to(ctx.dtype).reshape(*x.shape[:-1], len(w_codes))
 
     @staticmethod
     def backward(ctx, grad_y):
-        x_codes, x_scale, w_codes, w_scale = ctx.saved_tensors
+        x_codes, x_scale, w_codes, *w_scales = ctx.saved_tensors
         g = grad_y.reshape(-1, grad_y.shape[-1]).to(ctx.dtype)  # (N, out)
-        w_hat = (w_codes * w_scale[:, None]).to(ctx.dtype)
+        w_hat, x_hat = w_codes.to(ctx.dtype), x_codes.to(ctx.dtype).mul_(x_scale)
+        for part, scale in zip(w_hat.split(ctx.rows), w_scales):
+            part.mul_(scale)
         grad_x = g @ w_hat  # dL/dx = dL/dy W^
-        grad_w = (g * x_scale.to(ctx.dtype)).t() @ x_codes.to(ctx.dtype)  # dL/dW = dL/dy^T x^
+        grad_w = g.t() @ x_hat  # dL/dW = dL/dy^T x^
         grad_x = grad_x.to(ctx.x_dtype).reshape(*grad_y.shape[:-1], x_codes.shape[-1])
         return grad_x, None, *grad_w.float().split(ctx.rows)
 
@@ -253,8 +258,11 @@ def quantization_loss(model):
     """A8: mean over quantized matrices of mean((W - W^)^2), a float32 scalar (zero if there are none).
 
     W^ counts as a constant here: with its straight-through gradient the two would cancel to nothing."""
-    errors = [(layer.weight - weight_ternary_ste(layer.weight).detach()).square().mean()
-              for layer in bit_linears(model) if not layer.frozen]
+    errors = []
+    for layer in bit_linears(model):
+        if not layer.frozen:
+            codes, scale = layer.ternary()
+            errors.append((layer.weight - codes * scale).square().mean())
     return torch.stack(errors).mean() if errors else torch.zeros((), device=next(model.parameters()).device)
 
 

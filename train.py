@@ -63,7 +63,7 @@ class TrainSettings(BitSkipConfig):
     beta2: float = 0.95  # AdamW
     grad_clip: float = 1.0  # largest norm of the gradient; 0: any
     device: str = 'auto'  # auto, cpu, cuda, cuda:1, mps
-    dtype: Literal['auto', 'float32', 'bfloat16'] = 'auto'  # of matrix products; auto: bfloat16 where it is native
+    dtype: Literal['auto', 'float32', 'bfloat16'] = 'auto'  # of matrix products; auto: bfloat16 on a GPU that has it
     compile: bool = False  # torch.compile each block
     seed: int = 7  # of everything random
 
