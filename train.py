@@ -112,6 +112,10 @@ def get_batch(tokens, batch_size, block_size, device):
 # ----------------------------------------------------------------------------------------------------------------------
 # the run
 
+class Diverged(UserError):
+    """Loss or gradient are not finite any more."""
+
+
 def make_optimizer(model, s):
     """AdamW; weight decay on matrices (embedding and head among them), not on norms."""
     matrices = [p for p in model.parameters() if p.dim() >= 2]
@@ -306,7 +310,7 @@ class Run:
             return
         saved = self.path('last.pt')
         keep = f'the last good state, {saved}, is unharmed' if os.path.exists(saved) else 'nothing was saved yet'
-        raise UserError(f'step {step}: the loss is {loss}, its gradient {grad_norm}: training has diverged; {keep}; '
+        raise Diverged(f'step {step}: the loss is {loss}, its gradient {grad_norm}: training has diverged; {keep}; '
                         f'try a lower --learning_rate than {self.s.learning_rate:g}, a longer --warmup_iters or a '
                         'smaller --grad_clip')
 
@@ -391,6 +395,7 @@ def checked_settings(argv, base=None):
 
 
 def main(argv):
+    """Train by this command line; True at the end, False if it was interrupted."""
     s, saved = read_settings(argv)
     keep_freed_memory()
     if pick_device(s.device).type == 'cpu' and 'RANK' not in os.environ and (hours := estimate_hours(s)) > 2:
@@ -417,6 +422,7 @@ def main(argv):
                      f'  python sample.py --exit_layer {max(0, s.n_layer - 2)}\n  python eval_exits.py')
     training.module = None  # a DDP wrapper must go before its process group
     training.processes.close()
+    return finished
 
 
 if __name__ == '__main__':

@@ -1,0 +1,228 @@
+"""
+The papers' experiments: train every cell of a table, then set what we measured beside what they report.
+
+    python ablate.py --table=A2 --seeds=3              Paper A's four cells at the scale of two CPU cores
+    python ablate.py --table=A2 --scale=paper          the same at Paper A's own scale: needs a GPU
+    python ablate.py --table=all --seeds=3             everything, ten hours of two cores
+    python ablate.py --table=all --train=False         only print what is known by now
+
+A cell is a command line of train.py, and nothing else; a run is a cell with a learning rate and a seed. Each run leaves
+one file, results/SCALE/NAME.json, named after its command line: what is there is not run again, tables that share a
+cell share its runs, and a run that was interrupted goes on where it was. Start the command in several terminals, and
+they share the work.
+
+The learning rate decides more than anything that is compared here, so no cell is compared at a rate that suits
+another: each is first trained at all of RATES with the first seed, then with the other seeds at its best rate.
+"""
+import json
+import math
+import os
+import platform
+import subprocess
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+import checkpoint
+import train
+from configurator import UserError, configure, run
+from eval_exits import activation_and_gate_statistics, bits_per_byte, evaluate, weight_statistics
+from prepare import load_tokens, prepare
+from quant import bit_linears, latent_weights
+from runtime import keep_freed_memory, pick_device
+
+RATES = (2e-3, 4e-3, 1e-3)  # of the CPU scale; Paper A's own configs have theirs
+SEEDS = (7, 8, 9, 10, 11)
+
+
+@dataclass
+class Table:
+    """The cells of an experiment, {label: what follows `python train.py`}, and how they are trained."""
+    title: str
+    cells: dict
+    rates: tuple = RATES
+    seeds: int = 5  # at most
+
+
+FACTORIAL = {'Baseline': 'config/baseline.py', 'H-only': 'config/bitskip_h.py', 'EE-only': 'config/bitskip_ee.py',
+             'BitSkip (H+EE)': 'config/bitskip_h_ee.py'}
+TABLES = {
+    'A2': Table('the four cells of Paper A', FACTORIAL),
+}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# runs
+
+@dataclass(frozen=True)
+class Run:
+    """One training: a cell's arguments, a learning rate (None: the config's own) and a seed, at a scale."""
+    arguments: str
+    rate: float | None
+    seed: int
+    scale: str
+
+    def command(self):
+        words = self.arguments.split()
+        configs = [word for word in words if word.endswith('.py')] + ['config/cpu.py'] * (self.scale == 'cpu')
+        flags = [word for word in words if not word.endswith('.py')]
+        rate = [f'--learning_rate={self.rate:g}'] if self.rate else []
+        return configs + flags + rate + [f'--seed={self.seed}']
+
+    @property
+    def name(self):
+        words = [Path(word).stem if word.endswith('.py') else word.removeprefix('--') for word in self.command()]
+        return '-'.join(word for word in words if word != 'cpu')
+
+    @property
+    def path(self):
+        return Path('results', self.scale, self.name + '.json')
+
+    @property
+    def out_dir(self):
+        return Path('out', 'ablate', self.scale, self.name)
+
+    def result(self):
+        """What the run measured, or None if it has not been done."""
+        return json.loads(self.path.read_text()) if self.path.exists() else None
+
+
+def loss_of(result):
+    """Validation loss at full depth with ternary weights, nats per token; infinite where training diverged."""
+    return result['exits'][-1] if result['exits'] else math.inf
+
+
+def cell_runs(table, label, scale, n_seeds):
+    """The runs that a cell needs, as far as is known: at every rate, then with other seeds at the best of them."""
+    rates = table.rates if scale == 'cpu' else (None,)
+    sweep = [Run(table.cells[label], rate, SEEDS[0], scale) for rate in rates]
+    results = [run.result() for run in sweep]
+    if None in results:
+        return sweep
+    best = min(zip(sweep, results), key=lambda pair: loss_of(pair[1]))[0]
+    return sweep + [Run(best.arguments, best.rate, seed, scale) for seed in SEEDS[1:min(n_seeds, table.seeds)]]
+
+
+def claim(run):
+    """True if the run is now this process's to do, False if another living process is at it."""
+    lock = run.out_dir.with_suffix('.lock')
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    if lock.exists() and not is_alive(lock.read_text()):
+        lock.unlink()
+    try:
+        with open(lock, 'x') as file:
+            file.write(str(os.getpid()))
+    except FileExistsError:
+        return False
+    return True
+
+
+def is_alive(pid):
+    try:
+        os.kill(int(pid), 0)
+    except (ProcessLookupError, ValueError):
+        return False
+    return True
+
+
+def do(run):
+    """Train the run's model, or go on training it, and write what it measures. False if it was interrupted."""
+    resume = ['--init_from=resume'] if (run.out_dir / 'last.pt').exists() else []
+    command = run.command()
+    print(f'\npython train.py {" ".join(command)}')
+    try:
+        if not train.main([*command, f'--out_dir={run.out_dir}', *resume]):
+            return False
+        measured = measure(run.out_dir / 'ckpt.pt')
+    except train.Diverged as diverged:
+        print(diverged)
+        measured = {'exits': [], 'diverged': str(diverged)}
+    result = {'command': f'python train.py {" ".join(command)}', 'commit': commit(), 'machine': machine(), **measured}
+    with checkpoint.atomic_write(run.path, 'w') as file:
+        json.dump(result, file, indent=1)
+    return True
+
+
+def measure(path):
+    """Everything that a table or a plot may want of a trained model, over the whole validation split."""
+    model, settings = checkpoint.load_checkpoint(path, pick_device('auto'))
+    meta, progress = settings['meta'], settings['progress']
+    folder = prepare(settings['dataset'], settings['tokenizer'], settings['source'], settings['data_dir'])
+    tokens = load_tokens(folder, 'val')
+    losses = evaluate(model, tokens, list(range(model.config.n_layer)))
+    latent = None
+    if bit_linears(model):
+        with latent_weights(model):
+            latent = evaluate(model, tokens)[-1]
+    std, gates = activation_and_gate_statistics(model, tokens)
+    log = [json.loads(line) for line in (Path(path).parent / 'log.jsonl').read_text().splitlines()]
+    return {'minutes': round(progress['seconds'] / 60, 1), 'steps': progress['iter'],
+            'tokens': progress['iter'] * settings['batch_size'] * settings['gradient_accumulation_steps']
+            * settings['block_size'],
+            'exits': losses, 'bits_per_byte': bits_per_byte(losses[-1], meta), 'latent': latent,
+            'weights': weight_statistics(model), 'activation_std': std, 'gates': gates,
+            'train': [[e['iter'], round(e['ce'], 4)] for e in log if 'ce' in e],
+            'val': [[e['iter'], round(e['val_loss'], 4)] for e in log if 'val_loss' in e]}
+
+
+def commit():
+    """The commit that the code is at, with a + where files differ from it."""
+    done = subprocess.run(['git', 'describe', '--always', '--dirty=+'], capture_output=True, text=True)
+    return done.stdout.strip()
+
+
+def machine():
+    """The processor and the threads in use."""
+    model = platform.processor()
+    if os.path.exists('/proc/cpuinfo'):
+        names = [line.split(':')[1].strip() for line in open('/proc/cpuinfo') if line.startswith('model name')]
+        model = names[0] if names else model
+    cpu = f'{model}, {torch.get_num_threads()} threads'
+    return f'{torch.cuda.get_device_name() if torch.cuda.is_available() else cpu}, torch {torch.__version__}'
+
+
+def train_all(tables, scale, seeds):
+    """Do every run that is missing. False if this was interrupted. Other processes may be doing the same."""
+    while True:
+        missing = [run for table in tables for label in table.cells for run in cell_runs(table, label, scale, seeds)
+                   if run.result() is None]
+        if not missing:
+            return True
+        mine = next(filter(claim, missing), None)
+        if mine is None:
+            time.sleep(5)  # what is missing is being done elsewhere, and may tell what to do next
+            continue
+        try:
+            if mine.result() is None and not do(mine):
+                return False
+        finally:
+            mine.out_dir.with_suffix('.lock').unlink()
+
+
+@dataclass
+class AblateSettings:
+    """Trains the cells of a table and prints what they measure beside the papers' figures."""
+    table: str = 'A2'  # which one, or several with commas, or all
+    scale: Literal['cpu', 'paper'] = 'cpu'  # two CPU cores and the embedded text, or the papers' own
+    seeds: int = 3  # runs of each cell at its best learning rate
+    train: bool = True  # False: only print what is known by now
+
+
+def main(argv):
+    s = configure(AblateSettings, argv)
+    keep_freed_memory()
+    names = list(TABLES) if s.table == 'all' else s.table.split(',')
+    for name in names:
+        if name not in TABLES:
+            raise UserError(f"there is no table '{name}'; there are {', '.join(TABLES)} and all")
+    if s.train and not train_all([TABLES[name] for name in names], s.scale, s.seeds):
+        return
+    for name in names:
+        print(name)
+
+
+if __name__ == '__main__':
+    run(main)
