@@ -12,7 +12,7 @@ cell share its runs, and a run that was interrupted goes on where it was. Start 
 they share the work.
 
 The learning rate decides more than anything that is compared here, so no cell is compared at a rate that suits
-another: each is first trained at all of RATES with the first seed, then with the other seeds at its best rate.
+another: each is first trained briefly at all of RATES, then with every seed at the rate that was best for it.
 """
 import json
 import math
@@ -36,6 +36,7 @@ from runtime import keep_freed_memory, pick_device
 
 RATES = (2e-3, 4e-3, 1e-3)  # of the CPU scale; Paper A's own configs have theirs
 SEEDS = (7, 8, 9, 10, 11)
+SHORT, FULL = 650, 1300  # steps of the CPU scale
 
 
 @dataclass
@@ -43,14 +44,15 @@ class Table:
     """The cells of an experiment, {label: what follows `python train.py`}, and how they are trained."""
     title: str
     cells: dict
+    seeds: int = 1  # at most: how many the question is worth
+    steps: int = SHORT  # of the runs that are compared; rates are always compared at SHORT
     rates: tuple = RATES
-    seeds: int = 5  # at most
 
 
 FACTORIAL = {'Baseline': 'config/baseline.py', 'H-only': 'config/bitskip_h.py', 'EE-only': 'config/bitskip_ee.py',
              'BitSkip (H+EE)': 'config/bitskip_h_ee.py'}
 TABLES = {
-    'A2': Table('the four cells of Paper A', FACTORIAL),
+    'A2': Table('the four cells of Paper A', FACTORIAL, seeds=5, steps=FULL),
 }
 
 
@@ -63,19 +65,21 @@ class Run:
     arguments: str
     rate: float | None
     seed: int
+    steps: int
     scale: str
 
     def command(self):
         words = self.arguments.split()
         configs = [word for word in words if word.endswith('.py')] + ['config/cpu.py'] * (self.scale == 'cpu')
         flags = [word for word in words if not word.endswith('.py')]
-        rate = [f'--learning_rate={self.rate:g}'] if self.rate else []
-        return configs + flags + rate + [f'--seed={self.seed}']
+        if self.scale == 'cpu':
+            flags += [f'--learning_rate={self.rate:g}', f'--max_iters={self.steps}', f'--eval_interval={self.steps}']
+        return configs + flags + [f'--seed={self.seed}']
 
     @property
     def name(self):
         words = [Path(word).stem if word.endswith('.py') else word.removeprefix('--') for word in self.command()]
-        return '-'.join(word for word in words if word != 'cpu')
+        return '-'.join(word for word in words if word != 'cpu' and not word.startswith('eval_interval'))
 
     @property
     def path(self):
@@ -97,13 +101,16 @@ def loss_of(result):
 
 def cell_runs(table, label, scale, n_seeds):
     """The runs that a cell needs, as far as is known: at every rate, then with other seeds at the best of them."""
-    rates = table.rates if scale == 'cpu' else (None,)
-    sweep = [Run(table.cells[label], rate, SEEDS[0], scale) for rate in rates]
+    arguments, seeds = table.cells[label], SEEDS[:min(n_seeds, table.seeds)]
+    if scale != 'cpu':
+        return [Run(arguments, None, seed, 0, scale) for seed in seeds]
+    sweep = [Run(arguments, rate, SEEDS[0], SHORT, scale) for rate in table.rates]
     results = [run.result() for run in sweep]
     if None in results:
         return sweep
-    best = min(zip(sweep, results), key=lambda pair: loss_of(pair[1]))[0]
-    return sweep + [Run(best.arguments, best.rate, seed, scale) for seed in SEEDS[1:min(n_seeds, table.seeds)]]
+    rate = min(zip(table.rates, results), key=lambda pair: loss_of(pair[1]))[0]
+    compared = [Run(arguments, rate, seed, table.steps, scale) for seed in seeds]
+    return sweep + [run for run in compared if run not in sweep]
 
 
 def claim(run):

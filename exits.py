@@ -5,7 +5,8 @@ Block l of L leaves a hidden state h_l; logits_l = head(norm(h_l)) may be read o
 what is specific to that, as pure functions of their arguments (nothing here has a state that resuming could forget):
 
     A4, B6   L_ee = sum_{l < L-1} w_l CE(logits_l, next token), sum w_l = 1      exit_weights, linear_cross_entropy
-             LayerSkip's curricula over training steps                           curriculum_weights
+             LayerSkip's curricula over training steps, and ramps                curriculum_weights, ramp
+             a low-rank map of each exit's own, before the shared head           Adapter
     A5, B2   block l is skipped with probability p_max (l / (L-1))^2             skip_probabilities
     A6       p_l = sigmoid(W2 ReLU(W1 norm(h_l)))                                Gate, sample_exits
     A9       L_route = (E - l*)^2, E = sum_l l p_l prod_{j<l} (1 - p_j)          expected_exit_layer
@@ -40,6 +41,12 @@ def curriculum_weights(weights, curriculum, step, max_iters):
     return weights / weights.sum() if n else weights
 
 
+def ramp(kind, step, max_iters):
+    """What lambda_ee is multiplied by in a step: 1 ('none'), growing from 0 to 1 ('up') or shrinking to 0 ('down')."""
+    done = step / max_iters
+    return {'none': 1.0, 'up': done, 'down': 1 - done}[kind]
+
+
 def skip_probabilities(n_layer, p_max, schedule='quadratic', normalize=False):
     """Probability of skipping each block in training: list of L floats, the last one 0 (A5, B2).
 
@@ -51,6 +58,19 @@ def skip_probabilities(n_layer, p_max, schedule='quadratic', normalize=False):
     if normalize and sum(p) > 0:
         p = [p_l / sum(p) for p_l in p]
     return p
+
+
+class Adapter(nn.Module):
+    """An exit's own low-rank step towards the space that the shared head reads (tuned lens, EE-Tuning):
+    h + B A norm(h), (..., C) -> (..., C), with B zero at first, so that an untrained adapter changes nothing."""
+
+    def __init__(self, n_embd, rank):
+        super().__init__()
+        self.a = nn.Linear(n_embd, rank, bias=False)
+        self.b = nn.Linear(rank, n_embd, bias=False)
+
+    def forward(self, h):
+        return h + self.b(self.a(F.layer_norm(h, h.shape[-1:])))
 
 
 class Gate(nn.Module):
@@ -80,47 +100,57 @@ def expected_exit_layer(p):
 
 
 class LinearCrossEntropy(torch.autograd.Function):
-    """sum_n weight_n CE(h_n W^T, target_n) without ever holding more than one chunk of logits.
+    """sum_n weight_n CE(softmax(h_n W^T), target_n) without ever holding more than one chunk of logits.
 
     With 50,257 words and 12 exits, logits are most of the memory of a training step. But softmax needs only its own
-    row, so rows are done a chunk at a time, and the gradient (softmax - one-hot) is used up at once, in forward."""
+    row, so rows are done a chunk at a time, and the gradient (softmax - target) is used up at once, in forward."""
 
     CHUNK = 2 ** 25  # logits at a time: 128 MiB in float32
 
     @staticmethod
-    def forward(ctx, h, w, targets, weights, needs_grad):
+    def forward(ctx, h, w, targets, weights, teacher, distill, needs_h, needs_w):
         device = h.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else h.dtype
         w_cast = w.to(dtype)
         total = torch.zeros((), device=h.device)
-        grad_h, grad_w = (torch.empty_like(h), torch.zeros_like(w)) if needs_grad else (None, None)
+        grad_h, grad_w = torch.empty_like(h) if needs_h else None, torch.zeros_like(w) if needs_w else None
         rows = max(1, LinearCrossEntropy.CHUNK // len(w))
         for start in range(0, len(h), rows):
             chunk = slice(start, start + rows)
             h_cast, target, weight = h[chunk].to(dtype), targets[chunk, None], weights[chunk, None]
             logits = (h_cast @ w_cast.t()).float()  # (rows, V)
             log_z = logits.logsumexp(dim=-1, keepdim=True)
-            total += ((log_z - logits.gather(1, target)) * weight).sum()
-            if needs_grad:
-                grad = logits.sub_(log_z).exp_()  # softmax...
-                grad.scatter_add_(1, target, -torch.ones_like(weight))  # ...minus one-hot: dCE/dlogits
+            log_p = logits.sub_(log_z)
+            total -= (log_p.gather(1, target) * weight).sum() * (1 - distill)
+            if distill:
+                soft = (teacher[chunk].to(dtype) @ w_cast.t()).float().softmax(dim=-1).mul_(distill)
+                total -= (log_p * soft).sum(dim=-1).dot(weight.squeeze(1))
+            if needs_h or needs_w:
+                grad = log_p.exp_()  # softmax...
+                grad.scatter_add_(1, target, torch.full_like(weight, distill - 1))  # ...minus the target: dCE/dlogits
+                if distill:
+                    grad -= soft
                 grad = grad.mul_(weight).to(dtype)
-                grad_h[chunk] = grad @ w_cast
-                grad_w += grad.t() @ h_cast
+                if needs_h:
+                    grad_h[chunk] = grad @ w_cast
+                if needs_w:
+                    grad_w += grad.t() @ h_cast
         ctx.save_for_backward(grad_h, grad_w)
         return total
 
     @staticmethod
     def backward(ctx, grad_total):
-        grad_h, grad_w = ctx.saved_tensors
-        return grad_h * grad_total, grad_w * grad_total, None, None, None
+        grads = [None if grad is None else grad * grad_total for grad in ctx.saved_tensors]
+        return *grads, None, None, None, None, None, None
 
 
-def linear_cross_entropy(h, w, targets, weights=None):
+def linear_cross_entropy(h, w, targets, weights=None, teacher=None, distill=0.0):
     """Weighted sum of token cross-entropies of a linear head: scalar float32, differentiable in h and w.
 
-    h (N, C), w (V, C), targets (N,) int64, weights (N,) float32, by default 1/N each (the mean)."""
+    h (N, C), w (V, C), targets (N,) int64, weights (N,) float32, by default 1/N each (the mean). With distill > 0 that
+    share of the target is what the head makes of `teacher` (N, C), a constant: (1 - distill) one-hot + distill
+    softmax(teacher W^T)."""
     if weights is None:
         weights = torch.full((len(h),), 1 / len(h), device=h.device)
-    needs_grad = torch.is_grad_enabled() and (h.requires_grad or w.requires_grad)
-    return LinearCrossEntropy.apply(h, w, targets, weights, needs_grad)
+    needs = [torch.is_grad_enabled() and tensor.requires_grad for tensor in (h, w)]
+    return LinearCrossEntropy.apply(h, w, targets, weights, teacher, distill, *needs)

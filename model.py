@@ -23,7 +23,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import decode
-from exits import (Gate, exit_weights, expected_exit_layer, linear_cross_entropy, sample_exits, skip_probabilities)
+from exits import (Adapter, Gate, exit_weights, expected_exit_layer, linear_cross_entropy, sample_exits,
+                   skip_probabilities)
 from quant import make_linear, project, quantization_loss
 
 
@@ -40,7 +41,7 @@ class BitSkipConfig:
     ffn: Literal['relu2', 'swiglu'] = 'relu2'  # squared ReLU (Paper A) or SwiGLU (Paper B)
     norm: Literal['layernorm', 'rmsnorm'] = 'layernorm'  # layernorm (Paper A) or rmsnorm (Paper B)
     sub_norm: bool = True  # SubLN: one more norm, before the projections o and down (Paper A)
-    linear: Literal['fp', 'bitlinear', 'hbitlinear'] = 'bitlinear'  # full precision, ternary, ternary + Hadamard
+    linear: Literal['fp', 'bitlinear', 'hbitlinear', 'hadamard_after'] = 'bitlinear'  # projections (quant.py)
     act_bits: int = 8  # bits of an activation: 8, or 4 (Paper B's V2)
     linear_norm: Literal['none', 'layernorm', 'rmsnorm'] = 'none'  # one more norm inside every ternary linear
     hadamard_layers: Literal['all', 'o,down'] = 'all'  # where hbitlinear transforms: everywhere, or as BitNet v2
@@ -50,14 +51,21 @@ class BitSkipConfig:
     ee_weighting: Literal['early', 'late'] = 'early'  # early exits count more (A4) or late ones (B6)
     ee_positions: Literal['all', 'sampled'] = 'all'  # sampled: each exit learns from its own 1/(L-1) of the tokens
     ee_curriculum: Literal['none', 'rotational', 'gradual'] = 'none'  # LayerSkip: exits in turn, or more and more
+    ee_detach_head: bool = False  # exits do not train the shared head
+    ee_distill: float = 0.0  # share of an exit's target that is the last layer's prediction instead of the next token
+    ee_adapter: int = 0  # rank of each exit's own map in front of the head; 0: none
     exit_norm: Literal['final', 'none'] = 'final'  # exits read norm(h_l) with the final norm, or raw h_l
     p_max: float = 0.0  # layer skipping: the largest probability (A5); 0.7 in Paper A, 0.5 in Paper B
     skip_schedule: Literal['quadratic', 'linear', 'exp', 'uniform'] = 'quadratic'  # growth over depth (A5)
     skip_normalize: bool = False  # scale the probabilities to sum 1 (Paper B, section 3.3)
     lambda_q: float = 0.05  # weight of the quantization loss (A8)
     lambda_r: float = 0.2  # weight of the routing loss (A9)
+    gate_loss: Literal['cost', 'agreement'] = 'cost'  # gates learn a mean exit (A9), or if an exit agrees with the last
     target_exit: int = 6  # l*, the mean exit layer that the gates are trained for (A9)
     gate_dim: int = 32  # inner width of the gates (A6); 0: no gates
+    init_scale: float = 1.0  # experiment: of the projections' initial weights (the authors' BitLinear: 0.1)
+    unshifted: Literal['none', 'exits', 'all'] = 'none'  # experiment: train these on the current token, as the authors
+    causal: bool = True  # experiment: False lets every token see the future
 
     def __post_init__(self):
         def require(ok, message):
@@ -78,6 +86,9 @@ class BitSkipConfig:
         require(0 <= self.p_max <= 1, f'p_max is a probability, got {self.p_max}')
         require(0 <= self.dropout < 1, f'dropout is a probability below 1, got {self.dropout}')
         require(self.gate_dim >= 0, f'gate_dim is at least 0, got {self.gate_dim}')
+        require(0 <= self.ee_distill <= 1, f'ee_distill is a share, 0 to 1, got {self.ee_distill}')
+        require(self.ee_adapter >= 0, f'ee_adapter is at least 0, got {self.ee_adapter}')
+        require(self.init_scale > 0, f'init_scale is above 0, got {self.init_scale}')
         for name in ('lambda_ee', 'lambda_q', 'lambda_r'):
             require(getattr(self, name) >= 0, f'{name} is at least 0, got {getattr(self, name)}')
 
@@ -124,7 +135,7 @@ class Attention(nn.Module):
         super().__init__()
         C, self.n_head, self.n_kv_head = config.n_embd, config.n_head, config.n_kv_head
         self.head_dim = C // self.n_head
-        self.dropout = config.dropout
+        self.dropout, self.causal = config.dropout, config.causal
         self.q = linear(config, C, C, 'q')
         self.k = linear(config, C, self.n_kv_head * self.head_dim, 'k')
         self.v = linear(config, C, self.n_kv_head * self.head_dim, 'v')
@@ -139,10 +150,13 @@ class Attention(nn.Module):
         q, k = rotate(q, rope), rotate(k, rope)
         T, mask = x.shape[1], None
         if past is not None:
+            if not self.causal:
+                raise ValueError('a model that sees the future (causal=False) cannot decode')
             k, v = past.append(k, v)  # (B, n_kv_head, S, D): all keys and values so far, S >= T
             if 1 < T < k.shape[2]:  # new token i sees all old ones and the new ones up to itself
                 mask = torch.ones(T, k.shape[2], dtype=torch.bool, device=x.device).tril(k.shape[2] - T)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=k.shape[2] == T > 1, enable_gqa=True,
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True,
+                                           is_causal=self.causal and k.shape[2] == T > 1,
                                            dropout_p=self.dropout if self.training else 0.0)
         y = y.transpose(1, 2).flatten(2)  # (B, H, T, D) -> (B, T, C)
         return self.o(self.sub_norm(y))
@@ -210,6 +224,8 @@ class BitSkip(nn.Module):
         # every layer but the last may be left, so every layer but the last has a gate
         n_gates = config.n_layer - 1 if config.gate_dim else 0
         self.gates = nn.ModuleList(Gate(config.n_embd, config.gate_dim) for _ in range(n_gates))
+        n_adapters = config.n_layer - 1 if config.ee_adapter else 0
+        self.adapters = nn.ModuleList(Adapter(config.n_embd, config.ee_adapter) for _ in range(n_adapters))
         self.skip_probabilities = skip_probabilities(
             config.n_layer, config.p_max, config.skip_schedule, config.skip_normalize)
         cos, sin = rope_table(config.n_embd // config.n_head, config.block_size, config.rope_theta)
@@ -220,11 +236,16 @@ class BitSkip(nn.Module):
     @torch.no_grad()
     def init_weights(self):
         """Normal(0, 0.02) everywhere, but the projections that write to the residual stream are scaled down by the
-        square root of their number (GPT-2), so that the stream keeps its scale at any depth. Norms start at one."""
+        square root of their number (GPT-2), so that the stream keeps its scale at any depth. Norms start at one, the
+        adapters as the identity."""
         for name, parameter in self.named_parameters():
             if parameter.dim() == 2:
                 into_residual = name.endswith(('attn.o.weight', 'ffn.down.weight'))
                 parameter.normal_(std=0.02 * ((2 * self.config.n_layer) ** -0.5 if into_residual else 1))
+        for layer in self.linears():
+            layer.weight.mul_(self.config.init_scale)
+        for adapter in self.adapters:
+            adapter.b.weight.zero_()
 
     def forward(self, idx, targets=None, exit_layer=None, cache=None, return_logits=True, ee_weights=None):
         """Next-token logits at an exit and, given targets, the losses of A7.
@@ -242,7 +263,9 @@ class BitSkip(nn.Module):
         h = self.exit_state(states.pop(), last)
         losses = None
         if targets is not None:
-            losses = self.losses(h, targets, states if exit_layer is None else None, ee_weights)
+            exit_targets = targets if self.config.unshifted == 'none' else idx
+            targets = idx if self.config.unshifted == 'all' else targets
+            losses = self.losses(h, targets, exit_targets, states if exit_layer is None else None, ee_weights)
         return self.head(h) if return_logits else None, losses
 
     def hidden_states(self, idx, last=None, cache=None):
@@ -278,15 +301,18 @@ class BitSkip(nn.Module):
         return self.rope_cos[start:start + length], self.rope_sin[start:start + length]
 
     def exit_state(self, h, layer):
-        """What the head reads at this exit: the state under the final norm, or as it is (exit_norm='none')."""
+        """What the head reads at this exit: the state, adapted if exits have adapters, under the final norm or as it
+        is (exit_norm='none')."""
         is_exit = layer < self.config.n_layer - 1
+        if is_exit and self.adapters:
+            h = self.adapters[layer](h)
         return h if is_exit and self.config.exit_norm == 'none' else self.norm(h)
 
-    def losses(self, h, targets, earlier=None, ee_weights=None):
+    def losses(self, h, targets, exit_targets, earlier=None, ee_weights=None):
         """A7: L = CE + lambda_ee L_ee + lambda_q L_quant + lambda_r L_route, as a dict of scalars.
 
-        h (B, T, C): what the head reads at the exit in use; earlier: the L-1 states h_l before it, for A4 and A9.
-        Without them CE is all."""
+        h (B, T, C): what the head reads at the exit in use; targets and exit_targets (B, T): the labels there and at
+        the exits; earlier: the L-1 states h_l before it, for A4 and A9. Without them CE is all."""
         config, W = self.config, self.head.weight
         zero = torch.zeros((), device=h.device)
         losses = {'ce': linear_cross_entropy(h.flatten(0, 1), W, targets.flatten()),
@@ -294,19 +320,19 @@ class BitSkip(nn.Module):
         if earlier and config.lambda_ee:  # A4
             if ee_weights is None:
                 ee_weights = exit_weights(config.n_layer, config.ee_weighting)
-            losses['ee'] = self.exit_loss(earlier, targets.flatten(), ee_weights.tolist())
+            losses['ee'] = self.exit_loss(earlier, exit_targets.flatten(), ee_weights.tolist(), h)
         if earlier is not None and config.lambda_q:  # A8
             losses['quant'] = quantization_loss(self)
-        if earlier and config.lambda_r and self.gates:  # A9; "on average": the mean over tokens comes before the square
-            p = self.gate_probabilities(earlier)
-            E = expected_exit_layer(sample_exits(p) if self.training else p).mean()
-            losses['route'] = (E - config.target_exit).square()
+        if earlier and config.lambda_r and self.gates:
+            losses['route'] = (self.agreement_loss(earlier, h) if config.gate_loss == 'agreement' else
+                               self.routing_loss(earlier))
         total = (losses['ce'] + config.lambda_ee * losses['ee'] + config.lambda_q * losses['quant']
                  + config.lambda_r * losses['route'])
         return {'total': total, **losses}
 
-    def exit_loss(self, states, targets, weights):
-        """A4, B6: sum_l w_l CE of exit l, of all exits as one batch of rows. states: L-1 of (B, T, C); targets (B T,).
+    def exit_loss(self, states, targets, weights, last):
+        """A4, B6: sum_l w_l CE of exit l, of all exits as one batch of rows. states: L-1 of (B, T, C); targets (B T,);
+        last (B, T, C): what the head reads at the last layer, the teacher where exits are to agree with it.
 
         In training, ee_positions='sampled' deals the tokens out to the exits at random, so that each learns from its
         own share. The mean over a random share is an unbiased estimate of the mean over all, and all exits together
@@ -323,7 +349,30 @@ class BitSkip(nn.Module):
         rows = torch.cat([self.exit_state(row, layer) for row, layer in zip(rows, exits)])
         row_weights = torch.cat([torch.full((len(share),), weights[layer] / max(1, len(share)), device=rows.device)
                                  for layer, share in zip(exits, shares)])
-        return linear_cross_entropy(rows, self.head.weight, targets[torch.cat(shares)], row_weights)
+        picked, distill = torch.cat(shares), self.config.ee_distill
+        W = self.head.weight.detach() if self.config.ee_detach_head else self.head.weight
+        teacher = last.detach().flatten(0, 1)[picked] if distill else None
+        return linear_cross_entropy(rows, W, targets[picked], row_weights, teacher, distill)
+
+    def routing_loss(self, states):
+        """A9: (E - l*)^2. "On average": the mean over tokens comes before the square."""
+        p = self.gate_probabilities(states)
+        E = expected_exit_layer(sample_exits(p) if self.training else p).mean()
+        return (E - self.config.target_exit).square()
+
+    def agreement_loss(self, states, last):
+        """What a gate can know and A9 does not ask: whether the exit's likeliest token is already the last layer's.
+        Binary cross-entropy, each gate on its own random share of the tokens; it trains the gates and nothing else."""
+        shares = torch.randperm(last[..., 0].numel()).to(last.device).tensor_split(len(states))
+        losses = []
+        for layer, (h, share) in enumerate(zip(states, shares)):
+            h = h.detach().flatten(0, 1)[share]
+            with torch.no_grad():
+                here, there = self.exit_state(h, layer), last.flatten(0, 1)[share]
+                agrees = self.head(here).argmax(dim=-1) == self.head(there).argmax(dim=-1)
+            p = self.gates[layer](h)
+            losses.append(-torch.where(agrees, p, 1 - p).clamp(min=1e-6).log().mean())
+        return torch.stack(losses).mean()
 
     def gate_probabilities(self, states):
         """A6 at every exit: list of (B, T, C) -> (B, T, L-1)."""

@@ -185,8 +185,9 @@ def fast_decoder(model):
         return (to_ternary(model, head='fp32'), None, how) if two_bit else (model, None, f'as trained, since {how}')
     packed = to_ternary(model)
     native_step, how = available()
-    if native_step:
+    if native_step and not model.adapters:
         return packed, Decoder(packed), f'{how}, int8 head'
+    how = 'its exits have adapters' if model.adapters else how
     return packed, None, f'packed weights in PyTorch, int8 head; no native step, since {how}'
 
 
@@ -211,6 +212,8 @@ class Decoder:
             raise ValueError("native decoding is for ternary weights, and this model has none (linear='fp')")
         if any(layer.latent for layer in bit_linears(model)):
             raise ValueError('native decoding is for ternary weights, and this model computes with its latent ones')
+        if model.adapters or not model.config.causal:
+            raise ValueError('native decoding has no adapters, and no eyes for the future (causal=False)')
         if head not in ('int8', 'fp32') or (head == 'fp32' and hasattr(model.head, 'codes')):
             raise ValueError(f"head is 'int8' or, unless the model's is rounded already, 'fp32'; got {head!r}")
         if not 1 <= threads <= 1024 or not 0 <= isa <= best:

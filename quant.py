@@ -225,17 +225,36 @@ class HBitLinear(BitLinear):
         return fwht(pad_to_pow2(super().prepare(x)))
 
 
+class HadamardAfter(BitLinear):
+    """For comparison only: the authors' order. It quantizes first and transforms then, unnormalised (gain sqrt(n)), and
+    transforms the output, too: y = H' (W^ H' Q_b(norm(x))), H' = sqrt(n) H. The outliers meet the quantizer as ever."""
+
+    def __init__(self, in_features, out_features, act_bits=8, linear_norm='none'):
+        super().__init__(next_pow2(in_features), next_pow2(out_features), act_bits, linear_norm)
+        self.width = out_features
+
+    def forward(self, x):
+        x_hat = activation_quant_ste(pad_to_pow2(self.prepare(x)), self.act_bits)
+        w = self.weight if self.latent else weight_ternary_ste(self.weight)
+        y = F.linear(fwht(x_hat) * self.in_features ** 0.5, w)
+        return (fwht(y) * self.out_features ** 0.5)[..., :self.width]
+
+    def freeze(self):
+        raise ValueError("linear='hadamard_after' is for comparison in training only: it cannot be packed")
+
+
 def make_linear(kind, in_features, out_features, act_bits=8, linear_norm='none'):
-    """The switch of every ablation: 'fp' (full precision), 'bitlinear' or 'hbitlinear'."""
+    """The switch of every ablation: 'fp' (full precision), 'bitlinear', 'hbitlinear' or 'hadamard_after'."""
     if kind == 'fp':
         return nn.Linear(in_features, out_features, bias=False)
-    return {'bitlinear': BitLinear, 'hbitlinear': HBitLinear}[kind](in_features, out_features, act_bits, linear_norm)
+    layer = {'bitlinear': BitLinear, 'hbitlinear': HBitLinear, 'hadamard_after': HadamardAfter}[kind]
+    return layer(in_features, out_features, act_bits, linear_norm)
 
 
 def project(x, layers):
     """[layer(x) for layer in layers], for layers of one kind and one input: x is transformed and quantized once."""
     first = layers[0]
-    if not isinstance(first, BitLinear):
+    if type(first).forward is not BitLinear.forward:  # it has its own way
         return [layer(x) for layer in layers]
     x, bits = first.prepare(x), first.act_bits
     if first.frozen:

@@ -30,10 +30,10 @@ from tqdm import tqdm
 import checkpoint
 from configurator import UserError, configure, run
 from eval_exits import bits_per_byte, evaluate, perplexity
-from exits import curriculum_weights, exit_weights
+from exits import curriculum_weights, exit_weights, ramp
 from model import BitSkip, BitSkipConfig
 from prepare import default_tokenizer, load_meta, load_tokens, prepare
-from quant import int8_support
+from quant import int8_support, latent_weights
 from runtime import Processes, autocast, keep_freed_memory, pick_device, pick_dtype
 from tokenizer import vocabulary
 
@@ -46,7 +46,8 @@ class TrainSettings(BitSkipConfig):
     source: str = ''  # folder with a local copy of a published data set
     data_dir: str = 'data'  # where prepared data lie
     out_dir: str = ''  # where the run is kept; empty: out/ and the names of the config files
-    init_from: Literal['scratch', 'resume'] = 'scratch'  # resume: go on from out_dir/last.pt
+    init_from: str = 'scratch'  # resume: go on from out_dir/last.pt; a run's folder: start from its model
+    freeze: bool = False  # train only what exits have of their own, adapters and gates, on a finished model
     batch_size: int = 32  # sequences in a micro-batch
     gradient_accumulation_steps: int = 4  # micro-batches in a step, over all processes
     max_iters: int = 10000  # steps at most
@@ -65,6 +66,8 @@ class TrainSettings(BitSkipConfig):
     device: str = 'auto'  # auto, cpu, cuda, cuda:1, mps
     dtype: Literal['auto', 'float32', 'bfloat16'] = 'auto'  # of matrix products; auto: bfloat16 on a GPU that has it
     compile: bool = False  # torch.compile each block
+    ee_ramp: Literal['none', 'up', 'down'] = 'none'  # lambda_ee grows from 0, or shrinks to 0, over the run
+    train_latent: bool = False  # experiment: no straight-through, train W itself and ternarize afterwards
     seed: int = 7  # of everything random
 
     def __post_init__(self):
@@ -118,8 +121,8 @@ class Diverged(UserError):
 
 def make_optimizer(model, s):
     """AdamW; weight decay on matrices (embedding and head among them), not on norms."""
-    matrices = [p for p in model.parameters() if p.dim() >= 2]
-    vectors = [p for p in model.parameters() if p.dim() < 2]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    matrices, vectors = [p for p in trained if p.dim() >= 2], [p for p in trained if p.dim() < 2]
     groups = [{'params': matrices, 'weight_decay': s.weight_decay}, {'params': vectors, 'weight_decay': 0.0}]
     return torch.optim.AdamW(groups, lr=s.learning_rate, betas=(s.beta1, s.beta2), fused=True)
 
@@ -177,6 +180,13 @@ class Run:
         self.s = s
         torch.manual_seed(s.seed)
         self.model = BitSkip(BitSkipConfig.of(asdict(s))).to(self.device)
+        if s.freeze:
+            if not self.model.adapters and not self.model.gates:
+                raise UserError('--freeze=True trains adapters and gates, and this model has none: give it some with '
+                                '--ee_adapter=16 or --gate_dim=32')
+            self.model.requires_grad_(False)
+            self.model.adapters.requires_grad_(True)
+            self.model.gates.requires_grad_(True)
         self.optimizer = make_optimizer(self.model, s)
         # progress: steps done, the step of the newest evaluation, the best loss, evaluations since then, seconds
         self.progress = {'iter': 0, 'last_eval': 0, 'val_loss': math.inf, 'bad_evals': 0, 'seconds': 0.0}
@@ -197,6 +207,20 @@ class Run:
         out.mkdir(parents=True, exist_ok=True)
         with checkpoint.atomic_write(self.log_path, 'w') as file:
             file.write(json.dumps({'settings': asdict(self.s), 'meta': self.meta}) + '\n')
+
+    def start_from(self, saved):
+        """Take over the weights of a finished model. Adapters and gates may be new; gates that learned to meet a cost
+        (A9) are, where they shall learn agreement."""
+        state = {name: weight for name, weight in saved['model'].items()
+                 if not (name.startswith('gates.') and self.s.gate_loss == 'agreement')}
+        try:
+            missing, odd = self.model.load_state_dict(state, strict=False)
+        except RuntimeError as error:
+            missing, odd = [], error.args[0].splitlines()[1:]
+        odd += [name for name in missing if not name.startswith(('adapters.', 'gates.'))]
+        if odd:
+            raise UserError(f'the model in {self.s.init_from} does not fit these settings: it differs in '
+                            f'{odd[0].strip()[:120]}')
 
     def resume(self, saved):
         """Take over a state that `save` wrote, to go on from it bit-exactly."""
@@ -292,13 +316,15 @@ class Run:
         self.optimizer.zero_grad(set_to_none=True)
         micros = range(self.rank, s.gradient_accumulation_steps, self.world)  # this process's share
         ee_weights = curriculum_weights(exit_weights(s.n_layer, s.ee_weighting), s.ee_curriculum, step, s.max_iters)
+        ee_weights *= ramp(s.ee_ramp, step, s.max_iters)
         total = 0
         for micro in micros:
             seed_microbatch(s.seed, step, micro)
             idx, targets = get_batch(self.train_tokens, s.batch_size, s.block_size, self.device)
             synchronize = self.world == 1 or micro == micros[-1]  # exchange gradients once a step
             with nullcontext() if synchronize else self.module.no_sync():
-                with autocast(self.device, s.dtype):
+                latent = latent_weights(self.model) if s.train_latent else nullcontext()
+                with autocast(self.device, s.dtype), latent:
                     _, losses = self.module(idx, targets, return_logits=False, ee_weights=ee_weights)
                 (losses['total'] / len(micros)).backward()
             total = total + torch.stack([loss.detach() for loss in losses.values()])
@@ -315,10 +341,13 @@ class Run:
                         'smaller --grad_clip')
 
     def evaluate_and_save(self):
-        """Loss over the whole validation split, with ternary weights; then save what resuming needs."""
+        """Loss over the whole validation split, with ternary weights (of a frozen model: the mean over its exits);
+        then save what resuming needs."""
         progress = self.progress
+        layers = range(self.s.n_layer) if self.s.freeze else None  # a frozen model's last layer stays what it is
         with autocast(self.device, self.s.dtype):
-            loss = evaluate(self.model, self.val_tokens, batch_size=self.s.batch_size, processes=self.processes)[-1]
+            losses = evaluate(self.model, self.val_tokens, layers, self.s.batch_size, self.processes)
+        loss = sum(losses) / len(losses)
         progress['last_eval'] = progress['iter']
         if loss < progress['val_loss']:
             progress['val_loss'], progress['bad_evals'] = loss, 0
@@ -372,19 +401,20 @@ def estimate_hours(s):
 
 
 def read_settings(argv):
-    """(settings, None) of this command line, or (settings, saved state) where it resumes: then the run's own settings
-    hold, the config files only name its folder, and flags come on top (--max_iters to train on, say)."""
+    """(settings, None) of this command line, or (settings, saved state) where it builds on a run. To resume: the run's
+    own settings hold, the config files only name its folder, and flags come on top (--max_iters to train on, say).
+    From another run's model: that run's settings, then config files and flags on top."""
     names = [Path(arg).stem for arg in argv if arg.endswith('.py') and not arg.startswith('--')]
     default_out = os.path.join('out', '-'.join(names) or 'bitskip')
     s = checked_settings(argv)
     s.out_dir = s.out_dir or default_out
-    if s.init_from != 'resume':
+    if s.init_from == 'scratch':
         return s, None
-    saved = checkpoint.load(os.path.join(s.out_dir, 'last.pt'))
+    resumes = s.init_from == 'resume'
+    saved = checkpoint.load(os.path.join(s.out_dir, 'last.pt') if resumes else os.path.join(s.init_from, 'ckpt.pt'))
     known = {field.name for field in fields(TrainSettings)}
-    base = {key: value for key, value in saved['settings'].items() if key in known}
-    flags = [arg for arg in argv if not arg.endswith('.py')]
-    return checked_settings(flags, base | {'out_dir': s.out_dir}), saved
+    base = {key: value for key, value in saved['settings'].items() if key in known} | {'out_dir': s.out_dir}
+    return checked_settings([arg for arg in argv if not (resumes and arg.endswith('.py'))], base), saved
 
 
 def checked_settings(argv, base=None):
@@ -402,10 +432,13 @@ def main(argv):
         print(f'on this CPU the whole run takes about {hours:,.0f} hours; config/cpu.py shrinks any recipe to '
               f'minutes:\n  python train.py {" ".join(argv)} config/cpu.py')
     training = Run(s)
-    if saved:
+    if s.init_from == 'resume':
         training.resume(saved)
-    elif training.processes.is_main:
-        training.start()
+    else:
+        if saved:
+            training.start_from(saved)
+        if training.processes.is_main:
+            training.start()
     training.processes.barrier()
     fast, how = int8_support(training.device.type)
     millions = sum(p.numel() for p in training.model.parameters()) / 1e6

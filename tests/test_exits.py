@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
-from exits import (Gate, LinearCrossEntropy, curriculum_weights, exit_weights, expected_exit_layer,
-                   linear_cross_entropy, sample_exits, skip_probabilities)
+from exits import (Adapter, Gate, LinearCrossEntropy, curriculum_weights, exit_weights, expected_exit_layer,
+                   linear_cross_entropy, ramp, sample_exits, skip_probabilities)
 
 # --------------------------------------------------------------------------------------------------------------------
 # A4, B6
@@ -41,6 +41,19 @@ def test_a4_curricula_by_hand(curriculum, step, expected):
 def test_a4_curricula_of_a_model_without_early_exits():
     for curriculum in ('none', 'rotational', 'gradual'):
         assert curriculum_weights(exit_weights(1, 'early'), curriculum, 3, 10).shape == (0,)
+
+
+def test_ramps_by_hand():
+    assert [ramp(kind, 25, 100) for kind in ('none', 'up', 'down')] == [1, 0.25, 0.75]
+
+
+def test_adapter_is_a_low_rank_step_from_h():
+    """h + B A norm(h), with the norm's numbers those of a layer norm without parameters."""
+    adapter, h = Adapter(8, 2), torch.randn(3, 5, 8)
+    step = adapter.b.weight @ adapter.a.weight
+    norm = (h - h.mean(-1, keepdim=True)) / (h.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt()
+    assert torch.linalg.matrix_rank(step) == 2
+    assert_close(adapter(h), h + norm @ step.T)
 
 
 
@@ -168,6 +181,21 @@ def test_a4_linear_cross_entropy_with_one_gradient(frozen):
     targets, learned = torch.randint(17, (10,)), w if frozen == 'h' else h
     assert_close(torch.autograd.grad(linear_cross_entropy(h, w, targets), learned),
                  torch.autograd.grad(F.cross_entropy(h @ w.T, targets), learned))
+
+
+@pytest.mark.parametrize('distill', [0.25, 1.0])
+def test_linear_cross_entropy_towards_a_teacher(distill, monkeypatch):
+    """The target is a mixture of the next token and what the head makes of the teacher, which learns nothing."""
+    monkeypatch.setattr(LinearCrossEntropy, 'CHUNK', 17 * 4)
+    h, w, teacher = torch.randn(10, 8, requires_grad=True), torch.randn(17, 8, requires_grad=True), torch.randn(10, 8)
+    targets, weights = torch.randint(17, (10,)), torch.rand(10)
+    mixture = (1 - distill) * F.one_hot(targets, 17) + distill * (teacher @ w.T).softmax(-1).detach()
+    reference = (F.cross_entropy(h @ w.T, mixture, reduction='none') * weights).sum()
+    loss = linear_cross_entropy(h, w, targets, weights, teacher.requires_grad_(), distill)
+    assert_close(loss, reference)
+    for a, b in zip(torch.autograd.grad(loss, (h, w), retain_graph=True), torch.autograd.grad(reference, (h, w))):
+        assert_close(a, b)
+    assert torch.autograd.grad(loss, teacher, allow_unused=True) == (None,)
 
 
 def test_a4_linear_cross_entropy_survives_large_logits():

@@ -555,3 +555,89 @@ def test_entropy_gate_notices_a_model_that_sees_the_future(monkeypatch):
     monkeypatch.setattr(F, 'scaled_dot_product_attention',
                         lambda *args, **options: attention(*args, **options | {'is_causal': False}))
     assert (train_on(noise, 'fp').mean(dim=1) < 0.4 * math.log(16)).all()
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# experiments, and exits with something of their own
+
+def losses_of(model, idx, targets):
+    return model(idx, targets, return_logits=False)[1]
+
+
+def test_unshifted_labels_are_the_current_tokens(make_model, tokens):
+    """'exits': the exits are trained on idx, the last layer on targets. 'all': everything on idx."""
+    idx, targets = tokens(2, 8), tokens(2, 8, seed=1)
+    settings = dict(lambda_ee=0.3, linear='fp')
+    right, current = (losses_of(make_model(**settings), idx, labels) for labels in (targets, idx))
+    exits = losses_of(make_model(unshifted='exits', **settings), idx, targets)
+    everything = losses_of(make_model(unshifted='all', **settings), idx, targets)
+    assert exits['ce'] == right['ce'] and exits['ee'] == current['ee'] != right['ee']
+    assert everything['ce'] == current['ce'] and everything['ee'] == current['ee']
+
+
+def test_a_model_that_sees_the_future(make_model, tokens):
+    """causal=False breaks what test_causality guards, and refuses to decode."""
+    model, idx = make_model(causal=False), tokens()
+    changed = idx.clone()
+    changed[:, -1] = (changed[:, -1] + 1) % 31
+    assert not torch.equal(model(idx)[0][:, 0], model(changed)[0][:, 0])
+    with pytest.raises(ValueError, match='cannot decode'):
+        model.generate(idx, 2)
+
+
+def test_init_scale_is_that_of_the_projections():
+    plain, small = (BitSkip(BitSkipConfig(n_embd=64, n_head=4, ffn_dim=64, init_scale=scale)) for scale in (1.0, 0.1))
+    projections = tuple(f'{name}.weight' for name in ('q', 'k', 'v', 'o', 'up', 'down'))
+    for (name, a), b in zip(plain.named_parameters(), small.parameters()):
+        ratio = 0.1 if name.endswith(projections) else 1
+        assert b.std().item() == pytest.approx(ratio * a.std().item(), rel=0.5, abs=1e-9), name
+
+
+def test_detached_head_learns_from_the_last_layer_only(make_model, tokens):
+    idx, targets = tokens(2, 8), tokens(2, 8, seed=1)
+    def head_gradient(**settings):
+        model = make_model(lambda_q=0.0, lambda_r=0.0, **settings)
+        losses_of(model, idx, targets)['total'].backward()
+        return model.head.weight.grad
+    alone = head_gradient(lambda_ee=0.0)
+    assert torch.equal(head_gradient(lambda_ee=0.3, ee_detach_head=True), alone)
+    assert not torch.allclose(head_gradient(lambda_ee=0.3), alone)
+
+
+def test_distilled_exits_agree_with_the_last_layer_or_pay(make_model, tokens):
+    """ee_distill=1: the labels do not matter to the exits, and the last layer does not learn from them."""
+    model = make_model(lambda_ee=1.0, ee_distill=1.0, ee_detach_head=True, lambda_q=0.0, lambda_r=0.0)
+    idx = tokens(2, 8)
+    a, b = (losses_of(model, idx, tokens(2, 8, seed)) for seed in (1, 2))
+    assert a['ee'] == b['ee'] and a['ce'] != b['ce']
+    a['ee'].backward()
+    assert all(p.grad is None for p in model.blocks[-1].parameters()) and model.head.weight.grad is None
+    assert model.blocks[-2].attn.q.weight.grad.any()
+
+
+def test_adapters_change_only_the_exits_and_start_as_nothing(make_model, tokens):
+    idx = tokens()
+    plain, adapted = make_model(), make_model(ee_adapter=4)
+    adapted.init_weights()
+    adapted.load_state_dict(plain.state_dict(), strict=False)
+    for layer in range(3):
+        assert torch.equal(adapted(idx, exit_layer=layer)[0], plain(idx, exit_layer=layer)[0])
+    for adapter in adapted.adapters:
+        adapter.b.weight.data.normal_()
+    for layer in range(3):
+        assert torch.equal(adapted(idx, exit_layer=layer)[0], plain(idx, exit_layer=layer)[0]) == (layer == 2)
+
+
+def test_agreement_loss_is_cross_entropy_with_agreement(make_model, tokens):
+    """With every token dealt to the one gate of two layers it is BCE(p, exit's argmax == last argmax); it trains the
+    gates and nothing else."""
+    model = make_model(n_layer=2, gate_loss='agreement', lambda_r=1.0, target_exit=0)
+    idx = tokens(4, 16)
+    first, last = model.hidden_states(idx)
+    agrees = model(idx, exit_layer=0)[0].argmax(-1) == model(idx)[0].argmax(-1)
+    assert 0 < agrees.float().mean() < 1
+    expected = torch.nn.functional.binary_cross_entropy(model.gates[0](first), agrees.float())
+    loss = losses_of(model, idx, idx)['route']
+    torch.testing.assert_close(loss, expected)
+    loss.backward()
+    assert {name.split('.')[0] for name, p in model.named_parameters() if p.grad is not None} == {'gates'}

@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 
 import quant
-from quant import (BitLinear, HBitLinear, IntegerLinear, activation_quant, activation_quant_ste, bit_linears,
-                   fake_quant_linear, int8_support, latent_weights, make_linear, pack_ternary, project,
+from quant import (BitLinear, HadamardAfter, HBitLinear, IntegerLinear, activation_quant, activation_quant_ste,
+                   bit_linears, fake_quant_linear, int8_support, latent_weights, make_linear, pack_ternary, project,
                    quantization_loss, unpack_ternary, weight_ternary, weight_ternary_ste)
 
 both_products = pytest.mark.parametrize('product', ['integer', 'fake'])
@@ -424,3 +424,21 @@ def test_int8_fits_only_where_supported(use_product):
     assert quant.int8_fits(x, w)
     use_product('fake')
     assert not quant.int8_fits(x, w)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# the authors' order, for comparison
+
+def test_hadamard_after_is_the_authors_order():
+    """y = H' W^ H' Q(x) with H' = sqrt(n) H of gain sqrt(n), 6 features padded to 8, 3 outputs cut from 4."""
+    scipy_linalg = pytest.importorskip('scipy.linalg')
+    layer, x = HadamardAfter(6, 3), torch.randn(5, 6)
+    H = [torch.tensor(scipy_linalg.hadamard(n), dtype=torch.float32) for n in (8, 4)]
+    x_hat = F.pad(activation_quant_ste(x), (0, 2))
+    codes, scale = layer.ternary()
+    assert_close(layer(x), (x_hat @ H[0].T @ (codes * scale).T @ H[1].T)[:, :3])
+
+
+def test_hadamard_after_cannot_be_packed():
+    with pytest.raises(ValueError, match='cannot be packed'):
+        HadamardAfter(4, 4).freeze()

@@ -15,6 +15,7 @@ import torch
 import checkpoint
 import train
 from configurator import UserError
+from quant import latent_weights
 from train import TrainSettings, get_lr
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -273,3 +274,47 @@ def test_paper_configs_have_the_papers_parameter_counts():
             counts[name] = train.BitSkip(train.BitSkipConfig.of(vars(s))).quantizable_parameters()
     assert set(list(counts.values())[:4]) == {34_603_008}
     assert set(list(counts.values())[4:]) == {855_638_016}
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# exits on a finished model, and experiments
+
+def test_frozen_model_keeps_its_last_layer(text, capsys):
+    """--init_from=RUN --freeze: adapters and gates learn, everything else stays, bit for bit; the exits improve."""
+    train.main(flags(lambda_ee=0.0, p_max=0.0))
+    exits = dict(out_dir='out/exits', init_from='out/run', freeze=True, ee_adapter=4, lambda_ee=1.0, ee_distill=0.9,
+                 gate_loss='agreement', p_max=0.0, max_iters=24)
+    assert train.main(flags(**exits))
+    before, after = (checkpoint.load(f'out/{run}/ckpt.pt') for run in ('run', 'exits'))
+    assert after['settings']['linear'] == 'hbitlinear' and after['settings']['ee_adapter'] == 4
+    changed = {name for name, weight in after['model'].items()
+               if name not in before['model'] or not torch.equal(weight, before['model'][name])}
+    assert changed and all(name.startswith(('adapters.', 'gates.')) for name in changed)
+    assert any(after['model'][f'adapters.{layer}.b.weight'].any() for layer in range(2))
+    losses = [entry['val_loss'] for entry in log('out/exits') if 'val_loss' in entry]
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize('changes, message', [
+    (dict(init_from='out/nothing'), 'no checkpoint out/nothing/ckpt.pt'),
+    (dict(init_from='out/run', n_embd=64), 'does not fit these settings'),
+    (dict(freeze=True, gate_dim=0), 'this model has none')])
+def test_init_from_a_model_that_does_not_fit(text, changes, message):
+    train.main(flags(max_iters=1))
+    with pytest.raises(UserError, match=message):
+        train.main(flags(**{'out_dir': 'out/new'} | changes))
+
+
+def test_train_latent_ternarizes_afterwards(text):
+    """The training loss is that of the latent weights; validation is on ternary ones, as always."""
+    settings = dict(max_iters=1, gradient_accumulation_steps=1, p_max=0.0)
+    train.main(flags(train_latent=True, **settings))
+    training = train.Run(train.checked_settings(flags(**settings)))
+    train.seed_microbatch(7, 0, 0)
+    idx, targets = train.get_batch(training.train_tokens, 2, 32, 'cpu')
+    with latent_weights(training.model):
+        latent = training.model(idx, targets)[1]['ce'].item()
+    assert log()[1]['ce'] == pytest.approx(latent, abs=1e-5)
+    assert log()[1]['ce'] != pytest.approx(training.model(idx, targets)[1]['ce'].item(), abs=1e-4)
+    model, _ = checkpoint.load_checkpoint('out/run/ckpt.pt')
+    assert log()[-1]['val_loss'] == pytest.approx(train.evaluate(model, training.val_tokens, batch_size=2)[-1])
