@@ -37,6 +37,7 @@ from runtime import keep_freed_memory, pick_device
 RATES = (2e-3, 4e-3, 1e-3)  # of the CPU scale; Paper A's own configs have theirs
 SEEDS = (7, 8, 9, 10, 11)
 SHORT, FULL = 650, 1300  # steps of the CPU scale
+NARROW = '--n_embd=64 --n_head=4 --n_kv_head=2 --ffn_dim=128'  # Paper B's 24 layers
 
 
 @dataclass
@@ -53,6 +54,44 @@ FACTORIAL = {'Baseline': 'config/baseline.py', 'H-only': 'config/bitskip_h.py', 
              'BitSkip (H+EE)': 'config/bitskip_h_ee.py'}
 TABLES = {
     'A2': Table('the four cells of Paper A', FACTORIAL, seeds=5, steps=FULL),
+    'price': Table('ternary against full precision', {
+        'full precision': 'config/baseline.py --linear=fp', 'BitLinear': 'config/baseline.py',
+        'H-BitLinear': 'config/bitskip_h.py'}, seeds=5, steps=FULL),
+    'cliff': Table('what makes the cliff of Table A5', {
+        f'{labels} labels, {norm}': f'config/bitskip_h_ee.py{flags}'.strip()
+        for labels, unshifted in (('shifted', ''), ('unshifted', ' --unshifted=exits'))
+        for norm, flags in (('final norm', unshifted), ('no norm', f'{unshifted} --exit_norm=none'))
+    }, seeds=3, steps=FULL, rates=RATES[:1]),
+    'norm': Table('what of "Hadamard" is Hadamard', {
+        f'{name}, {norm}, init {scale}': ' '.join([f'config/{config}.py'] + [f'--linear_norm={norm}'] * (norm != 'none')
+                                                   + [f'--init_scale={scale}'] * (scale != 1))
+        for norm in ('none', 'layernorm', 'rmsnorm') for scale in (1, 0.1)
+        for name, config in (('BitLinear', 'baseline'), ('H-BitLinear', 'bitskip_h'))}, rates=RATES[:2]),
+    'order': Table('Hadamard: where, when, and before how many bits', {
+        f'{name}, {bits} bits': f'{arguments}{"" if bits == 8 else " --act_bits=4"}'
+        for bits in (8, 4) for name, arguments in (
+            ('none', 'config/baseline.py'), ('before Q, all (A3)', 'config/bitskip_h.py'),
+            ('before Q, o and down', 'config/bitskip_h.py --hadamard_layers=o,down'),
+            ("after Q, twice (authors')", 'config/bitskip_h.py --linear=hadamard_after'))}, seeds=3, rates=RATES[:2]),
+    'latent': Table('no straight-through: ternarize afterwards (Table A3)', {
+        f'{name}, {how}': f'config/{config}.py{flag}' for name, config in (('BitLinear', 'baseline'),
+                                                                          ('H-BitLinear', 'bitskip_h'))
+        for how, flag in (('straight-through', ''), ('latent', ' --train_latent=True'))}, rates=RATES[:1]),
+    'leak': Table('how PPL 1.13 comes about (Paper B)', {
+        'as it should be': 'config/baseline.py', 'sees the future': 'config/baseline.py --causal=False',
+        'unshifted labels': 'config/baseline.py --unshifted=all'}, rates=RATES[:1]),
+    'A6': Table('routing loss', {f'{value}': f'config/bitskip_ee.py --p_max=0.5 --lambda_q=0 --lambda_r={value}'
+                                 for value in (0, 0.01, 0.05, 0.1, 0.2)}, rates=RATES[:1]),
+    'A7': Table('quantization loss', {f'{value}': f'config/bitskip_ee.py --p_max=0.5 --lambda_r=0.05 --lambda_q={value}'
+                                      for value in (0, 0.01, 0.05, 0.1, 0.2)}, rates=RATES[:1]),
+    'A8': Table('routing and layer skipping', {
+        f'{routing}, {p_max}': f'config/bitskip_ee.py --p_max={p_max} --lambda_q={lambda_q} --lambda_r={lambda_r}'
+        for routing, lambda_q, lambda_r in (('off', 0, 0), ('on', 0.05, 0.2)) for p_max in (0.7, 0.5, 0.2)},
+        rates=RATES[:1]),
+    'B': Table("Paper B's variants in both phases", {
+        f'{name}, phase {phase}': f'config/{config}.py{" config/phase1.py" if phase == 1 else ""} {NARROW}'
+        for name, config in (('V1', 'tinystories_v1'), ('V2', 'tinystories_v2'), ('V3', 'tinystories_v3'),
+                             ('Llama3', 'layerskip')) for phase in (1, 2)}, rates=RATES[:1]),
 }
 
 
