@@ -156,7 +156,7 @@ class Attention(nn.Module):
             if 1 < T < k.shape[2]:  # new token i sees all old ones and the new ones up to itself
                 mask = torch.ones(T, k.shape[2], dtype=torch.bool, device=x.device).tril(k.shape[2] - T)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True,
-                                           is_causal=self.causal and k.shape[2] == T > 1,
+                                           is_causal=self.causal and (past is None or k.shape[2] == T),
                                            dropout_p=self.dropout if self.training else 0.0)
         y = y.transpose(1, 2).flatten(2)  # (B, H, T, D) -> (B, T, C)
         return self.o(self.sub_norm(y))

@@ -22,7 +22,6 @@ it would allow only non-negative values), so it is in model.py. The norm is an o
 without parameters), because otherwise "Hadamard" and "a norm before every linear" cannot be told apart.
 """
 import contextlib
-import functools
 
 import torch
 import torch.nn as nn
@@ -32,6 +31,7 @@ import triton_ternary
 from hadamard import fwht, next_pow2, pad_to_pow2
 from triton_ternary import pack_2bit, ternary_matmul, unpack_2bit
 
+VNNI = torch.cpu._is_vnni_supported()  # (torch.compile cannot look inside)
 EPS = 1e-20  # smallest max|x| and mean|W| that we divide by: only zeros are below it
 
 
@@ -47,14 +47,14 @@ def weight_ternary(w):
 
 
 def activation_quant(x, bits=8):
-    """A2: x (..., k), floating -> codes (..., k) int8 of `bits` (2 to 8) bits, scale (..., 1) float32 = s / q.
+    """A2: x (..., k), floating -> codes (..., k) int8 of `bits` (2 to 8) bits, scale (..., 1) float32 = max|x| / q.
 
-    With s = max|x| nothing is left to clip: the codes are -q ... q."""
+    With s = max|x| there is nothing to clip: the codes are -q ... q."""
     q = 2 ** (bits - 1) - 1
     x = x.detach().float()
-    s = torch.maximum(x.amax(-1, keepdim=True), -x.amin(-1, keepdim=True)).clamp_(min=EPS)  # without writing |x|
-    codes = (x * (q / s)).round_().to(torch.int8)
-    return codes, s / q
+    scale = x.abs().amax(dim=-1, keepdim=True).clamp_(min=EPS) / q
+    codes = (x / scale).round_().to(torch.int8)
+    return codes, scale
 
 
 def straight_through(x, x_hat):
@@ -123,12 +123,11 @@ def product(x_codes, x_scale, w_codes, w_scale):
     return y.reshape(*x_codes.shape[:-1], len(w_codes)).float().mul_(x_scale * w_scale)
 
 
-@functools.cache
 def int8_support(device_type):
     """(True, how) if this kind of device has a fast exact int8 product, else (False, why not)."""
     if device_type == 'cpu':
         # without VNNI torch._int_mm is a scalar loop, and a float product is faster
-        return (True, 'int8 products (VNNI)') if torch.cpu._is_vnni_supported() else (False, 'this CPU has no VNNI')
+        return (True, 'int8 products (VNNI)') if VNNI else (False, 'this CPU has no VNNI')
     if device_type == 'cuda':
         major, minor = torch.cuda.get_device_capability()
         return (True, 'int8 products (tensor cores)') if (major, minor) >= (7, 5) else (

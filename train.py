@@ -17,6 +17,7 @@ import os
 import shutil
 import signal
 import time
+import warnings
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -259,7 +260,8 @@ class Run:
         """Steps and evaluations until max_iters, or until patience is at its end: True. Ctrl-C saves: False."""
         s, progress = self.s, self.progress
         self.module = self.model
-        if s.compile:
+        if s.compile:  # (a cached Hadamard matrix is as good as one computed again)
+            warnings.filterwarnings('ignore', 'Dynamo detected a call to a `functools.lru_cache`')
             for block in self.model.blocks:
                 block.compile()
         if self.world > 1:  # a block that all samples of a process skip has no gradient there: unused, and no hang

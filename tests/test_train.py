@@ -3,6 +3,7 @@ import inspect
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -318,3 +319,16 @@ def test_train_latent_ternarizes_afterwards(text):
     assert log()[1]['ce'] != pytest.approx(training.model(idx, targets)[1]['ce'].item(), abs=1e-4)
     model, _ = checkpoint.load_checkpoint('out/run/ckpt.pt')
     assert log()[-1]['val_loss'] == pytest.approx(train.evaluate(model, training.val_tokens, batch_size=2)[-1])
+
+
+@pytest.mark.skipif(shutil.which('c++') is None, reason='torch.compile on a CPU needs a C++ compiler')
+def test_compile_trains_to_the_same_losses(text):
+    """Samples that skip change the batch size from block to block: compiled once for one size, once for any."""
+    settings = dict(n_layer=2, batch_size=4, max_iters=3, eval_interval=3, gradient_accumulation_steps=1)
+    train.main(flags(**settings))
+    train.main(flags(compile=True, out_dir='out/compiled', **settings))
+    assert torch._dynamo.utils.counters['stats']['unique_graphs'] <= 6  # not one graph for each batch size
+    assert not torch._dynamo.utils.counters['graph_break']
+    for plain, compiled in zip(log()[1:], log('out/compiled')[1:], strict=True):
+        for name in {'total', 'ce', 'ee', 'quant', 'route', 'val_loss'} & plain.keys():
+            assert compiled[name] == pytest.approx(plain[name], rel=1e-3), (name, plain)
