@@ -4,7 +4,7 @@ The papers' experiments: train every cell of a table, then set what we measured 
     python ablate.py --table=A2 --seeds=3              Paper A's four cells at the scale of two CPU cores
     python ablate.py --table=A2 --scale=paper          the same at Paper A's own scale: needs a GPU
     python ablate.py --table=all --seeds=3             everything, ten hours of two cores
-    python ablate.py --table=all --train=False         only print what is known by now
+    python tables.py                                   print what is known by now
 
 A cell is a command line of train.py, and nothing else; a run is a cell with a learning rate and a seed. Each run leaves
 one file, results/SCALE/NAME.json, named after its command line: what is there is not run again, tables that share a
@@ -138,18 +138,21 @@ def loss_of(result):
     return result['exits'][-1] if result['exits'] else math.inf
 
 
-def cell_runs(table, label, scale, n_seeds):
-    """The runs that a cell needs, as far as is known: at every rate, then with other seeds at the best of them."""
-    arguments, seeds = table.cells[label], SEEDS[:min(n_seeds, table.seeds)]
-    if scale != 'cpu':
-        return [Run(arguments, None, seed, 0, scale) for seed in seeds]
-    sweep = [Run(arguments, rate, SEEDS[0], SHORT, scale) for rate in table.rates]
+def swept_runs(table, label, scale):
+    """The runs that find a cell's learning rate."""
+    rates = table.rates if scale == 'cpu' else ()
+    return [Run(table.cells[label], rate, SEEDS[0], SHORT, scale) for rate in rates]
+
+
+def compared_runs(table, label, scale, n_seeds):
+    """The runs of a cell that its table compares: one a seed, at the best rate. [] while that is not known."""
+    sweep = swept_runs(table, label, scale)
     results = [run.result() for run in sweep]
     if None in results:
-        return sweep
-    rate = min(zip(table.rates, results), key=lambda pair: loss_of(pair[1]))[0]
-    compared = [Run(arguments, rate, seed, table.steps, scale) for seed in seeds]
-    return sweep + [run for run in compared if run not in sweep]
+        return []
+    rate = min(zip(results, sweep), key=lambda pair: loss_of(pair[0]), default=(None, None))[1]
+    seeds = SEEDS[:min(n_seeds, table.seeds)]
+    return [Run(table.cells[label], rate and rate.rate, seed, table.steps, scale) for seed in seeds]
 
 
 def claim(run):
@@ -210,9 +213,18 @@ def measure(path):
             'tokens': progress['iter'] * settings['batch_size'] * settings['gradient_accumulation_steps']
             * settings['block_size'],
             'exits': losses, 'bits_per_byte': bits_per_byte(losses[-1], meta), 'latent': latent,
-            'weights': weight_statistics(model), 'activation_std': std, 'gates': gates,
+            'unshifted': evaluate(model, tokens, unshifted=True)[-1] if model.config.unshifted == 'all' else None,
+            'weights': weight_statistics(model), 'histogram': weight_histogram(model),
+            'activation_std': std, 'gates': gates,
             'train': [[e['iter'], round(e['ce'], 4)] for e in log if 'ce' in e],
             'val': [[e['iter'], round(e['val_loss'], 4)] for e in log if 'val_loss' in e]}
+
+
+def weight_histogram(model):
+    """Shares of the latent weights with w / alpha in each of 60 bins from -3 to 3, over all ternary matrices."""
+    ratios = [layer.weight.detach().flatten() / layer.ternary()[1] for layer in bit_linears(model)]
+    counts = sum(ratio.histc(60, -3, 3) for ratio in ratios)
+    return (counts / sum(map(len, ratios))).tolist() if ratios else None
 
 
 def commit():
@@ -234,7 +246,8 @@ def machine():
 def train_all(tables, scale, seeds, compile):
     """Do every run that is missing. False if this was interrupted. Other processes may be doing the same."""
     while True:
-        missing = [run for table in tables for label in table.cells for run in cell_runs(table, label, scale, seeds)
+        missing = [run for table in tables for label in table.cells
+                   for run in swept_runs(table, label, scale) + compared_runs(table, label, scale, seeds)
                    if run.result() is None]
         if not missing:
             return True
@@ -256,7 +269,6 @@ class AblateSettings:
     scale: Literal['cpu', 'paper'] = 'cpu'  # two CPU cores and the embedded text, or the papers' own
     seeds: int = 3  # runs of each cell at its best learning rate
     compile: bool = False  # torch.compile each block: a fifth faster on a CPU, the same losses to three figures
-    train: bool = True  # False: only print what is known by now
 
 
 def main(argv):
@@ -266,10 +278,10 @@ def main(argv):
     for name in names:
         if name not in TABLES:
             raise UserError(f"there is no table '{name}'; there are {', '.join(TABLES)} and all")
-    if s.train and not train_all([TABLES[name] for name in names], s.scale, s.seeds, s.compile):
-        return
-    for name in names:
-        print(name)
+    if train_all([TABLES[name] for name in names], s.scale, s.seeds, s.compile):
+        from tables import markdown  # (which reads our plan)
+        for name in names:
+            print(f'\n{name}: {TABLES[name].title}\n{markdown(name, s.scale)}')
 
 
 if __name__ == '__main__':

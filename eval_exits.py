@@ -27,6 +27,7 @@ import torch
 import torch.nn.functional as F
 
 import checkpoint
+import papers
 from configurator import configure, run
 from decode import stream
 from exits import expected_exit_layer
@@ -36,13 +37,6 @@ from quant import bit_linears, latent_weights
 from runtime import keep_freed_memory, pick_device
 
 ROWS = 512  # logits of so many tokens at a time
-
-# What the papers report. Paper A's four cells are named (Hadamard, early exit).
-PAPER_A3 = {(False, False): (228.76, 451.03), (True, False): (185.45, 389.65),  # PPL: "FP" (latent), 1.58-bit
-            (False, True): (252.34, 478.38), (True, True): (216.06, 764.36)}
-PAPER_A4 = {(False, False): (0.0051, 0.304, 4, 0.340, 0.356), (True, False): (0.0151, 0.356, 0, 0.320, 0.324),
-            (False, True): (0.0036, 0.269, 0, 0.360, 0.371), (True, True): (0.0122, 0.353, 0, 0.323, 0.324)}
-PAPER_A5 = [78480, 86584, 82870, 76889, 68198, 58027, 39540, 25603, 20237, 15923, 12418, 216]  # H+EE, by layer
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -60,10 +54,10 @@ def windows(tokens, block_size, batch_size):
 
 
 @torch.no_grad()
-def evaluate(model, tokens, layers=None, batch_size=16, processes=None):
+def evaluate(model, tokens, layers=None, batch_size=16, processes=None, unshifted=False):
     """Mean cross-entropy per token over all of `tokens` (uint16), in nats, at each of the exits `layers` (default: the
     last): list of floats. Deterministic, token-weighted; with `processes`, each does its share and all get the result.
-    """
+    unshifted=True asks for the current token instead of the next, which is a mistake to be seen, not to be made."""
     model.eval()
     layers = [model.config.n_layer - 1] if layers is None else layers
     rank, world = (processes.rank, processes.world) if processes else (0, 1)
@@ -72,7 +66,7 @@ def evaluate(model, tokens, layers=None, batch_size=16, processes=None):
     for i, (idx, targets) in enumerate(windows(tokens, model.config.block_size, batch_size)):
         if i % world != rank:
             continue
-        targets = targets.flatten().to(device)
+        targets = (idx if unshifted else targets).flatten().to(device)
         for layer, h in enumerate(model.hidden_states(idx.to(device), max(layers))):
             if layer in layers:
                 rows = model.exit_state(h, layer).flatten(0, 1)
@@ -188,7 +182,7 @@ def table(title, header, rows):
 
 def print_report(report, cell):
     exits, full = report['exits'], report['exits'][-1]
-    paper = PAPER_A5 if len(exits) == len(PAPER_A5) and cell == (True, True) else [None] * len(exits)
+    paper = papers.A5 if len(exits) == len(papers.A5) and cell == 'BitSkip (H+EE)' else [None] * len(exits)
 
     def trade(e):  # B4, B5: PPL increase, speed gain, their quotient
         worse, faster = 100 * (e['ppl'] / full['ppl'] - 1), 100 * (e['tok_per_s'] / full['tok_per_s'] - 1)
@@ -204,13 +198,13 @@ def print_report(report, cell):
         print(f'PPL with an int8 head: {packed:.4f}, {100 * (packed / ternary - 1):+.3f}% of {ternary:.4f}')
     if 'latent' in weights and stats['weights']:
         latent, ternary = weights['latent']['ppl'], weights['ternary']['ppl']
-        theirs = PAPER_A3[cell]
+        theirs = papers.A3[cell]
         table('Latent and ternary weights (Table A3)', ['', 'latent PPL', 'ternary PPL', 'ternary +%'],
               [['ours', latent, ternary, 100 * (ternary / latent - 1)],
                ['Paper A', *theirs, 100 * (theirs[1] / theirs[0] - 1)]])
     if stats['weights']:
         table('Ternary weights (Table A4)', ['', 'mean alpha', 'zeros', 'matrices > 50% zeros', '+1', '-1'],
-              [['ours', *stats['weights'].values()], ['Paper A', *PAPER_A4[cell]]])
+              [['ours', *stats['weights'].values()], ['Paper A', *papers.A4[cell]]])
     table('Parameters (Paper A, appendix)', ['component', 'parameters'],
           [[name, f'{count:,}'] for name, count in stats['parameters'].items()])
     gates = stats['gates']
@@ -232,8 +226,8 @@ def plot(report, path):
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), constrained_layout=True)
     layers = [e['layer'] for e in report['exits']]
     left.semilogy(layers, [e['ppl'] for e in report['exits']], 'o-', color='#0072B2', label='this model')
-    if len(layers) == len(PAPER_A5):
-        left.semilogy(layers, PAPER_A5, 's--', color='#D55E00', label='Paper A, Table 5 (BPE)')
+    if len(layers) == len(papers.A5):
+        left.semilogy(layers, papers.A5, 's--', color='#D55E00', label='Paper A, Table 5 (BPE)')
     left.set(title='Perplexity at each exit', xlabel='exit layer', ylabel='PPL')
     left.legend()
     right.plot(layers, report['stats']['activation_std'], 'o-', color='#009E73')
@@ -288,7 +282,7 @@ def main(argv):
         'weights': {name: {'loss': loss, 'ppl': perplexity(loss)} for name, loss in weights.items()},
         'stats': {'weights': weight_statistics(model), 'parameters': parameter_breakdown(model),
                   'activation_std': std, 'gates': gates}}
-    cell = (model.config.linear == 'hbitlinear', model.config.lambda_ee > 0)
+    cell = papers.CELLS[model.config.linear == 'hbitlinear', model.config.lambda_ee > 0]
     print_report(report, cell)
     path = s.json or os.path.join(out_dir, 'eval.json')
     with checkpoint.atomic_write(path, 'w') as file:

@@ -1,0 +1,252 @@
+"""
+The papers' tables and figures, made from what ablate.py measured (results/SCALE/*.json), as Markdown and PNG.
+
+    python tables.py                        print all that can be made from the results there are
+    python tables.py --readme=True          write them into the README, between <!-- table: NAME --> and <!-- end -->
+
+PPL is per byte on pydocs at the CPU scale, per GPT-2 token in the papers: compare columns of ratios, not of PPL. Where
+a cell has several seeds, "±" is their standard deviation.
+"""
+import math
+import re
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import checkpoint
+import papers
+from ablate import RATES, SEEDS, TABLES, compared_runs, loss_of, swept_runs
+from configurator import configure, run
+
+README = Path('README.md')
+COLORS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000')  # safe for the colour-blind
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# reading
+
+def results(name, scale):
+    """What the runs of table `name` measured that it compares: {label: list of results, one a seed}; none is left out
+    that is there."""
+    found = {}
+    for label in TABLES[name].cells:
+        done = [run.result() for run in compared_runs(TABLES[name], label, scale, len(SEEDS))]
+        found[label] = [result for result in done if result is not None]
+    return {label: several for label, several in found.items() if several}
+
+
+def rate_of(several):
+    """The learning rate of results, from their command."""
+    match = re.search(r'--learning_rate=(\S+)', several[0]['command'])
+    return match.group(1) if match else "config's"
+
+
+def ppl(loss):
+    return math.exp(min(loss, 700)) if loss is not None else math.nan
+
+
+def mean(several, value):
+    """'mean ± s.d.' of value(result) over the seeds, four figures."""
+    values = [value(result) for result in several]
+    text = number(statistics.mean(values))
+    return text if len(values) == 1 else f'{text} ± {statistics.stdev(values):.2g}'
+
+
+def number(x):
+    return '-' if x is None or x != x else f'{x:,.0f}' if abs(x) >= 10000 else f'{x:.4g}'
+
+
+def final(result):
+    return ppl(loss_of(result))
+
+
+def relative(several, base):
+    return statistics.mean(map(final, several)) / statistics.mean(map(final, base))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# tables: functions of the scale that return (header, rows)
+
+def rates(scale):
+    """Validation PPL after the short runs, by learning rate (seed 7)."""
+    header, rows = ['cell', *(f'{rate:g}' for rate in sorted(RATES))], []
+    for label, table in [*((label, TABLES['A2']) for label in TABLES['A2'].cells), ('full precision', TABLES['price'])]:
+        swept = {run.rate: run.result() for run in swept_runs(table, label, scale)}
+        if any(swept.values()):
+            rows.append([label, *(number(final(swept[rate])) if swept.get(rate) else '-' for rate in sorted(RATES))])
+    return header, rows
+
+
+def a2(scale):
+    cells = results('A2', scale)
+    base = cells.get('Baseline')
+    rows = [[label, rate_of(several), len(several), mean(several, final),
+             mean(several, lambda r: r['bits_per_byte']), number(relative(several, base)) if base else '-',
+             number(papers.A2[label]), number(papers.A2[label] / papers.A2['Baseline'])]
+            for label, several in cells.items()]
+    return ['cell', 'learning rate', 'seeds', 'PPL', 'bits per byte', '× baseline', "Paper A's PPL", '× baseline'], rows
+
+
+def a3(scale):
+    rows = []
+    for label, several in results('A2', scale).items():
+        latent, ternary = papers.A3[label]
+        change = 100 * (statistics.mean(final(r) / ppl(r['latent']) for r in several) - 1)
+        rows.append([label, mean(several, lambda r: ppl(r['latent'])), mean(several, final), f'{change:+.0f}%',
+                     number(latent), number(ternary), f'{100 * (ternary / latent - 1):+.0f}%'])
+    return ['cell', 'latent PPL', 'ternary PPL', 'change', "Paper A's latent", 'ternary', 'change'], rows
+
+
+def a4(scale):
+    keys = 'mean_scale', 'sparsity', 'high_sparsity_matrices', 'plus', 'minus'
+    rows = []
+    for label, several in results('A2', scale).items():
+        ours = [number(statistics.mean(r['weights'][key] for r in several)) for key in keys]
+        rows += [[label, 'ours', *ours], ['', 'Paper A', *map(number, papers.A4[label])]]
+    return ['cell', '', 'mean α', 'zeros', 'matrices over 50% zeros', '+1', '−1'], rows
+
+
+def a5(scale):
+    several = results('A2', scale).get('BitSkip (H+EE)')
+    if not several:
+        return [], []
+    rows = []
+    for layer, theirs in enumerate(papers.A5):
+        worse = statistics.mean(r['exits'][layer] - r['exits'][-1] for r in several)
+        rows.append([layer, layer + 1, mean(several, lambda r, layer=layer: ppl(r['exits'][layer])),
+                     number(ppl(worse)), number(theirs), number(theirs / papers.A5[-1])])
+    return ['layer', 'blocks', 'PPL', '× full depth', "Paper A's PPL", '× full depth'], rows
+
+
+def plain(name, paper=None):
+    """A table of one row a cell: PPL, and its ratio to the first cell's; with the paper's beside them, if given."""
+    def table(scale):
+        cells = results(name, scale)
+        if not cells:
+            return [], []
+        first = next(iter(cells.values()))
+        rows = [[label, rate_of(several), len(several), mean(several, final), number(relative(several, first))]
+                + ([number(paper.get(label))] if paper else []) for label, several in cells.items()]
+        return ['cell', 'learning rate', 'seeds', 'PPL', '× first'] + ["paper's PPL"] * bool(paper), rows
+    return table
+
+
+def at_exits(name, layers, paper=None):
+    """A table of PPL after certain layers, one row a cell."""
+    def table(scale):
+        rows = []
+        for label, several in results(name, scale).items():
+            rows.append([label, len(several), *(mean(several, lambda r, layer=layer: ppl(r['exits'][layer]))
+                                                for layer in layers)])
+            if paper and label in paper:
+                rows.append(['', 'paper', *map(number, paper[label])])
+        return ['cell', 'seeds', *(f'layer {layer}' for layer in layers)], rows
+    return table
+
+
+def leak(scale):
+    rows = [[label, number(final(several[0])), number(ppl(several[0].get('unshifted')))]
+            for label, several in results('leak', scale).items()]
+    return ['training', 'PPL of the next token', 'PPL of the current token'], rows
+
+
+def latent(scale):
+    rows = [[label, number(ppl(several[0]['latent'])), number(final(several[0]))]
+            for label, several in results('latent', scale).items()]
+    return ['training', 'latent PPL', 'ternary PPL'], rows
+
+
+MAKE = {'rates': rates, 'A2': a2, 'A3': a3, 'A4': a4, 'A5': a5, 'price': plain('price'),
+        'cliff': at_exits('cliff', (0, 5, 10, 11)), 'norm': plain('norm'), 'order': plain('order'), 'latent': latent,
+        'leak': leak, 'A6': plain('A6', papers.A6), 'A7': plain('A7', papers.A7), 'A8': plain('A8', papers.A8),
+        'B': at_exits('B', (5, 11, 17, 23), paper=papers.B)}
+
+
+TITLES = {'rates': 'validation PPL after short runs, by learning rate', 'A3': 'latent and ternary weights',
+          'A4': 'the ternary weights', 'A5': 'every exit of the model with Hadamard and exits'}
+
+
+def markdown(name, scale='cpu'):
+    """Table `name`, or '' if nothing has been measured for it."""
+    header, rows = MAKE[name](scale)
+    lines = [header, ['---'] * len(header), *rows] if rows else []
+    return '\n'.join(f'| {" | ".join(map(str, line))} |' for line in lines)
+
+
+def update(text, scale='cpu'):
+    """`text` with every table between its marks made anew."""
+    def replace(match):
+        return f'<!-- table: {match[1]} -->\n{markdown(match[1], scale)}\n<!-- end -->'
+    return re.sub(r'<!-- table: (\S+) -->\n.*?<!-- end -->', replace, text, flags=re.DOTALL)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# plots
+
+def band(axes, x, curves, color, label, **style):
+    """The mean of some curves, and the range that they span."""
+    axes.plot(x, [statistics.mean(values) for values in zip(*curves)], color=color, label=label, **style)
+    axes.fill_between(x, [min(values) for values in zip(*curves)], [max(values) for values in zip(*curves)],
+                      color=color, alpha=0.2, linewidth=0)
+
+
+def smooth(curve, n=5):
+    """Means of n neighbours: a step's loss is that of a few sentences, and noisy."""
+    return [statistics.mean(curve[i:i + n]) for i in range(0, len(curve) - n + 1, n)]
+
+
+def plot(scale, path):
+    """Loss curves, exits, activation spread and weights of Paper A's four cells, as one PNG."""
+    import matplotlib
+    matplotlib.use('Agg')
+    import matplotlib.pyplot as plt
+    cells = results('A2', scale)
+    figure, ((losses, exits), (spread, weights)) = plt.subplots(2, 2, figsize=(10, 7), constrained_layout=True)
+    for (label, several), color in zip(cells.items(), COLORS):
+        steps = smooth([step for step, _ in several[0]['train']])
+        band(losses, steps, [smooth([loss for _, loss in r['train']]) for r in several], color, label)
+        layers = range(len(several[0]['exits']))
+        band(exits, layers, [[ppl(loss - r['exits'][-1]) for loss in r['exits']] for r in several], color, label)
+        band(spread, layers, [r['activation_std'] for r in several], color, label)
+        if several[-1].get('histogram'):
+            ratio = [-2.95 + 0.1 * i for i in range(60)]
+            weights.step(ratio, several[-1]['histogram'], where='mid', color=color, label=label)
+    exits.semilogy(range(len(papers.A5)), [value / papers.A5[-1] for value in papers.A5], 'k--', label='Paper A, H+EE')
+    for threshold in (-0.5, 0.5):
+        weights.axvline(threshold, color='grey', linestyle=':')
+    losses.set(title='Training loss', xlabel='step', ylabel='nats per byte', ylim=(None, 3.5))
+    exits.set(title='Perplexity at each exit, relative to full depth', xlabel='exit layer', ylabel='×')
+    spread.set(title='Spread of the activations (B Fig. 1)', xlabel='layer', ylabel='standard deviation of h')
+    weights.set(title='Latent weights and the thresholds of A1', xlabel='w / α', ylabel='share')
+    for axes in (losses, exits, spread, weights):
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+    with checkpoint.atomic_write(path) as file:
+        figure.savefig(file, format='png', dpi=90)
+    plt.close(figure)
+
+
+@dataclass
+class TablesSettings:
+    """Makes the papers' tables and figures from what ablate.py measured."""
+    scale: Literal['cpu', 'paper'] = 'cpu'  # whose results
+    readme: bool = False  # write the tables into README.md, too
+    plot: str = ''  # write the figures to this PNG
+
+
+def main(argv):
+    s = configure(TablesSettings, argv)
+    for name in MAKE:
+        if text := markdown(name, s.scale):
+            print(f'\n{name}: {TITLES.get(name) or TABLES[name].title}\n{text}')
+    if s.plot:
+        plot(s.scale, s.plot)
+    if s.readme:
+        text = update(README.read_text(), s.scale)
+        with checkpoint.atomic_write(README, 'w') as file:
+            file.write(text)
+
+
+if __name__ == '__main__':
+    run(main)
