@@ -128,6 +128,10 @@ class Run:
     def out_dir(self):
         return Path('out', 'ablate', self.scale, self.name)
 
+    @property
+    def lock(self):
+        return Path(f'{self.out_dir}.lock')
+
     def result(self):
         """What the run measured, or None if it has not been done."""
         return json.loads(self.path.read_text()) if self.path.exists() else None
@@ -157,7 +161,7 @@ def compared_runs(table, label, scale, n_seeds):
 
 def claim(run):
     """True if the run is now this process's to do, False if another living process is at it."""
-    lock = run.out_dir.with_suffix('.lock')
+    lock = run.lock
     lock.parent.mkdir(parents=True, exist_ok=True)
     if lock.exists() and not is_alive(lock.read_text()):
         lock.unlink()
@@ -228,9 +232,10 @@ def weight_histogram(model):
 
 
 def commit():
-    """The commit that the code is at, with a + where files differ from it."""
-    done = subprocess.run(['git', 'describe', '--always', '--dirty=+'], capture_output=True, text=True)
-    return done.stdout.strip()
+    """The commit that the code is at, with a + where it differs from that."""
+    head = subprocess.run(['git', 'rev-parse', '--short', 'HEAD'], capture_output=True, text=True).stdout.strip()
+    differs = subprocess.run(['git', 'diff', '--quiet', 'HEAD', '--', '*.py', '*.c'], capture_output=True).returncode
+    return head + '+' * (differs == 1)
 
 
 def machine():
@@ -259,7 +264,7 @@ def train_all(tables, scale, seeds, compile):
             if mine.result() is None and not do(mine, compile):
                 return False
         finally:
-            mine.out_dir.with_suffix('.lock').unlink()
+            mine.lock.unlink()
 
 
 @dataclass

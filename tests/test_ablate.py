@@ -1,0 +1,132 @@
+"""The experiments: their plan is made of valid command lines, runs are done once, and tables say what was measured."""
+import json
+import os
+import statistics
+from pathlib import Path
+
+import pytest
+
+import ablate
+import tables
+import train
+from ablate import TABLES, Run, Table
+from test_train import TINY, text  # noqa: F401 (a fixture)
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.mark.parametrize('name', TABLES)
+@pytest.mark.parametrize('scale', ['cpu', 'paper'])
+def test_every_cell_is_a_command_line_of_train(name, scale, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    table = TABLES[name]
+    for label, arguments in table.cells.items():
+        for run in [Run(arguments, 1e-3, 7, 650, scale), *ablate.swept_runs(table, label, scale)]:
+            settings = train.checked_settings(run.command())
+            assert (settings.dataset == 'pydocs' and settings.max_iters == 650) == (scale == 'cpu')
+
+
+def test_runs_of_different_commands_have_different_files():
+    runs = {run for table in TABLES.values() for label in table.cells for run in ablate.swept_runs(table, label, 'cpu')}
+    assert len({tuple(run.command()) for run in runs}) == len({run.path for run in runs}) == len(runs)
+
+
+def fake_result(run, loss):
+    """As if the run had been done."""
+    run.path.parent.mkdir(parents=True, exist_ok=True)
+    run.path.write_text(json.dumps({'exits': [5.0, loss] if loss else [], 'bits_per_byte': loss and loss / 0.7,
+                                    'command': f'python train.py {" ".join(run.command())}'}))
+
+
+@pytest.fixture
+def table(tmp_path, monkeypatch):
+    """A table of two cells, in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    table = Table('two cells', {'a': 'config/baseline.py', 'b': 'config/bitskip_h.py'}, seeds=3, steps=1300)
+    monkeypatch.setitem(TABLES, 'two', table)
+    return table
+
+
+def test_rates_are_compared_before_seeds(table):
+    """First every rate briefly, then every seed at the best of them; a rate that diverged is never the best."""
+    sweep = ablate.swept_runs(table, 'a', 'cpu')
+    assert [run.rate for run in sweep] == list(ablate.RATES) and {run.steps for run in sweep} == {ablate.SHORT}
+    for run, loss in zip(sweep, (1.7, None, 1.5)):
+        assert ablate.compared_runs(table, 'a', 'cpu', 3) == []
+        fake_result(run, loss)
+    compared = ablate.compared_runs(table, 'a', 'cpu', 2)
+    assert [(run.rate, run.seed, run.steps) for run in compared] == [(sweep[2].rate, 7, 1300), (sweep[2].rate, 8, 1300)]
+    assert len(ablate.compared_runs(table, 'a', 'cpu', 5)) == 3  # as many as the table is worth
+
+
+def test_paper_scale_takes_the_configs_own_rate(table):
+    assert [run.command() for run in ablate.compared_runs(table, 'a', 'paper', 2)] == [
+        ['config/baseline.py', '--seed=7'], ['config/baseline.py', '--seed=8']]
+
+
+def test_table_says_what_was_measured(table, monkeypatch):
+    """Mean and standard deviation of the PPL of the seeds, and the ratio of the means."""
+    monkeypatch.setitem(tables.MAKE, 'two', tables.plain('two'))
+    assert tables.markdown('two') == ''
+    losses = {'a': (1.0, 1.1, 1.3), 'b': (0.9,)}
+    for label in table.cells:
+        for run in ablate.swept_runs(table, label, 'cpu'):
+            fake_result(run, 2.0)
+        for run, loss in zip(ablate.compared_runs(table, label, 'cpu', 3), losses[label]):
+            fake_result(run, loss)
+    ppl = [tables.math.exp(loss) for loss in losses['a']]
+    ratio = tables.math.exp(0.9) / statistics.mean(ppl)
+    assert tables.markdown('two').splitlines()[2:] == [
+        f'| a | 0.002 | 3 | {statistics.mean(ppl):.4g} ± {statistics.stdev(ppl):.2g} | 1 |',
+        f'| b | 0.002 | 1 | {tables.math.exp(0.9):.4g} | {ratio:.4g} |']
+
+
+def test_runs_are_done_once_resumed_and_shared(text, monkeypatch):  # noqa: F811
+    """A real run of a few steps: interrupted, taken up, done, and not done again; not while another process has it."""
+    settings = TINY | dict(dataset='text.txt', tokenizer='bytes', max_iters=6)
+    Path('tiny.py').write_text('\n'.join(f'{key} = {value!r}' for key, value in settings.items()))
+    tiny = Table('tiny', {'cell': 'tiny.py'})
+    (run,) = ablate.compared_runs(tiny, 'cell', 'paper', 1)
+
+    step, stopped = train.Run.step, []
+
+    def interrupted_step(training, interrupts):
+        if training.progress['iter'] == 3 and not stopped:
+            stopped.append(True)
+            raise KeyboardInterrupt
+        step(training, interrupts)
+    monkeypatch.setattr(train.Run, 'step', interrupted_step)
+    assert not ablate.train_all([tiny], 'paper', 1, compile=False)
+    assert run.result() is None and (run.out_dir / 'last.pt').exists()
+    assert ablate.train_all([tiny], 'paper', 1, compile=False)
+    result = run.result()
+    assert result['steps'] == 6 and len(result['exits']) == 3 and result['train'][-1][0] == 6
+    before = run.path.stat().st_mtime_ns
+    assert ablate.train_all([tiny], 'paper', 1, compile=False)
+    assert run.path.stat().st_mtime_ns == before
+
+
+def test_claims_of_the_living_hold_and_those_of_the_dead_do_not(table):
+    run = ablate.swept_runs(table, 'a', 'cpu')[0]
+    lock = run.lock
+    lock.parent.mkdir(parents=True)
+    lock.write_text(str(os.getppid()))
+    assert not ablate.claim(run)
+    lock.write_text('999999999')
+    assert ablate.claim(run) and lock.read_text() == str(os.getpid())
+
+
+def test_diverged_runs_are_results(table, monkeypatch):
+    def diverge(argv):
+        raise train.Diverged('step 3: the loss is nan')
+    monkeypatch.setattr(train, 'main', diverge)
+    run = ablate.swept_runs(table, 'a', 'cpu')[0]
+    assert ablate.do(run, compile=False)
+    assert run.result()['exits'] == [] and ablate.loss_of(run.result()) == float('inf')
+
+
+def test_readme_tables_are_the_results(monkeypatch):
+    """Every number in the README's tables is the one in results/."""
+    monkeypatch.chdir(ROOT)
+    readme = (ROOT / 'README.md').read_text()
+    assert tables.update(readme) == readme, 'python tables.py --readme=True writes them anew'
