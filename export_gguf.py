@@ -219,6 +219,7 @@ def typed(value):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# the script
 
 def require_arcee(config, type, last):
     """UserError if arcee cannot express this model, or `type` its weights."""
