@@ -17,8 +17,6 @@ another: each is first trained briefly at all of RATES, then with every seed at 
 import json
 import math
 import os
-import platform
-import subprocess
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +30,7 @@ from configurator import UserError, configure, run
 from eval_exits import activation_and_gate_statistics, bits_per_byte, evaluate, weight_statistics
 from prepare import load_tokens, prepare
 from quant import bit_linears, latent_weights
-from runtime import keep_freed_memory, pick_device
+from runtime import commit, keep_freed_memory, machine, pick_device
 
 RATES = (2e-3, 4e-3, 1e-3)  # of the CPU scale; Paper A's own configs have theirs
 SEEDS = (7, 8, 9, 10, 11)
@@ -229,23 +227,6 @@ def weight_histogram(model):
     ratios = [layer.weight.detach().flatten() / layer.ternary()[1] for layer in bit_linears(model)]
     counts = sum(ratio.histc(60, -3, 3) for ratio in ratios)
     return (counts / sum(map(len, ratios))).tolist() if ratios else None
-
-
-def commit():
-    """The commit that the code is at, with a + where it differs from that."""
-    head = subprocess.run(['git', 'rev-parse', '--short', 'HEAD'], capture_output=True, text=True).stdout.strip()
-    differs = subprocess.run(['git', 'diff', '--quiet', 'HEAD', '--', '*.py', '*.c'], capture_output=True).returncode
-    return head + '+' * (differs == 1)
-
-
-def machine():
-    """The processor and the threads in use."""
-    model = platform.processor()
-    if os.path.exists('/proc/cpuinfo'):
-        names = [line.split(':')[1].strip() for line in open('/proc/cpuinfo') if line.startswith('model name')]
-        model = names[0] if names else model
-    cpu = f'{model}, {torch.get_num_threads()} threads'
-    return f'{torch.cuda.get_device_name() if torch.cuda.is_available() else cpu}, torch {torch.__version__}'
 
 
 def train_all(tables, scale, seeds, compile):

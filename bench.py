@@ -9,8 +9,6 @@ Machines drift and are shared, so a lone time means little: the cases of a bench
 medians is what counts. Peak memory is that of a process of its own for each case. Prints a table and writes JSON.
 """
 import json
-import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -28,7 +26,7 @@ from exits import skip_probabilities
 from model import BitSkip, BitSkipConfig
 from packed import packed_state, to_ternary
 from quant import int8_support
-from runtime import autocast, keep_freed_memory
+from runtime import autocast, commit, keep_freed_memory, machine
 from train import TrainSettings, make_optimizer
 
 PAPER_A = dict(n_layer=12, n_embd=512, n_head=8, n_kv_head=4, ffn_dim=2048, vocab_size=50257, block_size=512, B=4)
@@ -212,7 +210,7 @@ class BenchSettings:
     """Measures speed and memory on a CPU."""
     quick: bool = False  # small shapes, under a minute
     only: str = ''  # run the benchmarks with this in their names
-    json: str = 'bench.json'  # where to write the figures
+    json: str = ''  # where to write the figures; empty: bench.json, and with everything results/bench.json
     memory_of: str = ''  # (used for its own processes) print the peak memory of this case of --only
 
 
@@ -228,9 +226,8 @@ def main(argv):
     chosen = {name: b for name, b in (QUICK if s.quick else BENCHMARKS).items() if s.only in name}
     if not chosen:
         raise UserError(f"no benchmark has '{s.only}' in its name; there are: {'; '.join(everything)}")
-    report = {'machine': f'{platform.machine()}, {os.cpu_count()} CPUs, {torch.get_num_threads()} threads, torch '
-                         f'{torch.__version__}, {int8_support("cpu")[1]}, native step: {native.available()[1]}',
-              'benchmarks': {}}
+    report = {'commit': commit(), 'benchmarks': {},
+              'machine': f'{machine()}, {int8_support("cpu")[1]}, native step: {native.available()[1]}'}
     print(report['machine'])
     for name, benchmark in chosen.items():
         result = report['benchmarks'][name] = measure(name, benchmark)
@@ -241,9 +238,10 @@ def main(argv):
     if not s.quick and not s.only:
         report['storage'] = storage()
         print(f'\nstorage: {report["storage"]}')
-    with checkpoint.atomic_write(s.json, 'w') as file:
+    path = s.json or ('bench.json' if s.quick or s.only else 'results/bench.json')
+    with checkpoint.atomic_write(path, 'w') as file:
         json.dump(report, file, indent=1)
-    print(f'\nwritten: {s.json}')
+    print(f'\nwritten: {path}')
 
 
 if __name__ == '__main__':

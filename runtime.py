@@ -1,9 +1,11 @@
 """
-The machine under a run: device, precision, memory, and the processes of a torchrun launch.
+The machine under a run: device, precision, memory, its description, and the processes of a torchrun launch.
 """
 import contextlib
 import ctypes
 import os
+import platform
+import subprocess
 import sys
 
 import torch
@@ -49,6 +51,23 @@ def keep_freed_memory():
             libc, M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = ctypes.CDLL('libc.so.6'), -1, -3
             libc.mallopt(M_MMAP_THRESHOLD, 2 ** 31 - 1)
             libc.mallopt(M_TRIM_THRESHOLD, 2 ** 31 - 1)
+
+
+def commit():
+    """The commit that the code is at, with a + where it differs from that."""
+    head = subprocess.run(['git', 'rev-parse', '--short', 'HEAD'], capture_output=True, text=True).stdout.strip()
+    differs = subprocess.run(['git', 'diff', '--quiet', 'HEAD', '--', '*.py', '*.c'], capture_output=True).returncode
+    return head + '+' * (differs == 1)
+
+
+def machine():
+    """The processor and the threads in use."""
+    model = platform.processor()
+    if os.path.exists('/proc/cpuinfo'):
+        names = [line.split(':')[1].strip() for line in open('/proc/cpuinfo') if line.startswith('model name')]
+        model = names[0] if names else model
+    cpu = f'{model}, {torch.get_num_threads()} threads'
+    return f'{torch.cuda.get_device_name() if torch.cuda.is_available() else cpu}, torch {torch.__version__}'
 
 
 class Processes:

@@ -7,6 +7,7 @@ The papers' tables and figures, made from what ablate.py measured (results/SCALE
 PPL is per byte on pydocs at the CPU scale, per GPT-2 token in the papers: compare columns of ratios, not of PPL. Where
 a cell has several seeds, "±" is their standard deviation.
 """
+import json
 import math
 import re
 import statistics
@@ -157,19 +158,32 @@ def latent(scale):
     return ['training', 'latent PPL', 'ternary PPL'], rows
 
 
-MAKE = {'rates': rates, 'A2': a2, 'A3': a3, 'A4': a4, 'A5': a5, 'price': plain('price'),
+def bench(scale):
+    report = json.loads(Path('results/bench.json').read_text())
+    rows = []
+    for name, b in report['benchmarks'].items():
+        cases = []
+        for case, r in b['cases'].items():
+            time = f'{number(r["tok_per_s"])} tok/s' if 'tok_per_s' in r else f'{number(1000 * r["seconds"])} ms'
+            cases.append(f'{case} {time}, {number(r["peak_mib"])} MiB')
+        rows.append([name, f'{b["figure"]:.2f}', b['target'], '; '.join(cases)])
+    return ['what', 'ratio', 'target', 'cases: median, peak memory'], rows
+
+
+MAKE = {'bench': bench, 'rates': rates, 'A2': a2, 'A3': a3, 'A4': a4, 'A5': a5, 'price': plain('price'),
         'cliff': at_exits('cliff', (0, 5, 10, 11)), 'norm': plain('norm'), 'order': plain('order'), 'latent': latent,
         'leak': leak, 'A6': plain('A6', papers.A6), 'A7': plain('A7', papers.A7), 'A8': plain('A8', papers.A8),
         'B': at_exits('B', (5, 11, 17, 23), paper=papers.B)}
 
 
-TITLES = {'rates': 'validation PPL after short runs, by learning rate', 'A3': 'latent and ternary weights',
+TITLES = {'bench': 'speed and memory',
+          'rates': 'validation PPL after short runs, by learning rate', 'A3': 'latent and ternary weights',
           'A4': 'the ternary weights', 'A5': 'every exit of the model with Hadamard and exits'}
 
 
 def markdown(name, scale='cpu'):
     """Table `name`, or '' if nothing has been measured for it."""
-    header, rows = MAKE[name](scale)
+    header, rows = MAKE[name](scale) if name != 'bench' or Path('results/bench.json').exists() else ([], [])
     lines = [header, ['---'] * len(header), *rows] if rows else []
     return '\n'.join(f'| {" | ".join(map(str, line))} |' for line in lines)
 
