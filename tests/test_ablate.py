@@ -77,8 +77,8 @@ def test_table_says_what_was_measured(table, monkeypatch):
     ppl = [tables.math.exp(loss) for loss in losses['a']]
     ratio = tables.math.exp(0.9) / statistics.mean(ppl)
     assert tables.markdown('two').splitlines()[2:] == [
-        f'| a | 0.002 | 3 | {statistics.mean(ppl):.4g} ± {statistics.stdev(ppl):.2g} | 1 |',
-        f'| b | 0.002 | 1 | {tables.math.exp(0.9):.4g} | {ratio:.4g} |']
+        f'| a | 0.004 | 3 | {statistics.mean(ppl):.4g} ± {statistics.stdev(ppl):.2g} | 1 |',
+        f'| b | 0.004 | 1 | {tables.math.exp(0.9):.4g} | {ratio:.4g} |']
 
 
 def test_runs_are_done_once_resumed_and_shared(text, monkeypatch):  # noqa: F811
