@@ -86,6 +86,21 @@ TABLES = {
         f'{routing}, {p_max}': f'config/bitskip_ee.py --p_max={p_max} --lambda_q={lambda_q} --lambda_r={lambda_r}'
         for routing, lambda_q, lambda_r in (('off', 0, 0), ('on', 0.05, 0.2)) for p_max in (0.7, 0.5, 0.2)},
         rates=RATES[:1]),
+    'ingredients': Table('what exits do to the model that they are trained with, one change at a time', {
+        'H-only': 'config/bitskip_h.py', "Paper A's recipe": 'config/bitskip_h_ee.py'} | {
+        label: f'config/bitskip_h_ee.py --p_max=0 {flags}'.strip() for label, flags in {
+            'no layer skipping': '',
+            'late exits weigh more': '--ee_weighting=late',
+            'sampled positions': '--ee_positions=sampled',
+            'exits in turn': '--ee_curriculum=rotational',
+            'head detached': '--ee_positions=sampled --ee_detach_head=True',
+            'half distilled': '--ee_positions=sampled --ee_distill=0.5',
+            'head detached, half distilled': '--ee_positions=sampled --ee_detach_head=True --ee_distill=0.5',
+            'adapters': '--ee_positions=sampled --ee_detach_head=True --ee_adapter=16',
+            'λ 0.1': '--ee_positions=sampled --lambda_ee=0.1',
+            'λ 1': '--ee_positions=sampled --lambda_ee=1',
+            'λ from 0.6 to 0': '--ee_positions=sampled --lambda_ee=0.6 --ee_ramp=down',
+            'λ from 0 to 0.6': '--ee_positions=sampled --lambda_ee=0.6 --ee_ramp=up'}.items()}, rates=RATES[:1]),
     'B': Table("Paper B's variants in both phases", {
         f'{name}, phase {phase}': f'config/{config}.py{" config/phase1.py" if phase == 1 else ""} {NARROW}'
         for name, config in (('V1', 'tinystories_v1'), ('V2', 'tinystories_v2'), ('V3', 'tinystories_v3'),
