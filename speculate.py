@@ -1,0 +1,100 @@
+"""
+Self-speculative decoding: the first blocks draft what all blocks then check at once (LayerSkip).
+
+    draft     n tokens one by one, each through blocks 0 ... k and the head: what exit k would say, drawn from its q
+    verify    blocks k+1 ... L-1 take the states of all drafts in one pass; the head gives full depth's opinion p
+    accept    the drafts up to the first one that p refuses, and in its place, or behind them all, a token from p
+
+The draft is the beginning of the model itself. So its states are where verification goes on, its keys and values are
+the first layers of the one cache, and nothing is computed twice. What a refused draft has left there is forgotten by
+setting the cache's length back.
+
+The text is distributed as without drafts, exactly (speculative sampling: Leviathan et al., 2023; Chen et al., 2023).
+Accept a draft d with probability min(1, p(d) / q(d)), else draw from what q leaves of p, (p - q)+ / sum (p - q)+:
+
+    P(x) = q(x) min(1, p(x) / q(x)) + P(refused) (p(x) - q(x))+ / sum (p - q)+
+         = min(p(x), q(x))          + (p(x) - q(x))+                               = p(x)
+
+as P(refused) = 1 - sum min(p, q) = sum (p - q)+. At temperature 0 both are one-hot and the rule says: accept while the
+argmax is the same. The text is then plain greedy decoding's, token for token, where a pass gives each of its tokens
+the very bits that it would have alone. native.c does so. PyTorch does it up to the rounding of its sums, so there two
+candidates within that rounding of each other may swap.
+
+What it brings: if a draft is accepted with probability a, a pass of n drafts yields
+
+    E = 1 + a + ... + a^n = (1 - a^(n+1)) / (1 - a)          tokens, for the time of
+    (n + 1) D + V(n + 1)                                     D: one token through blocks 0 ... k, V(T): T tokens through
+                                                             the others; plain decoding takes D + V(1) for each token.
+
+So a pass pays as far as V grows slower than T, that is where time goes into reading the weights.
+"""
+import torch
+
+from decode import Decoder, distribution, require_sampling, sample
+
+
+def speculate(model, idx, max_new_tokens, draft_layer, draft_len=4, temperature=1.0, top_k=None, generator=None,
+              decoder=None):
+    """Continue idx (1, T) int64 as decode.stream does at full depth, up to draft_len + 1 tokens at a time; yield, for
+    each pass, the tokens (1, n) int64 that it brought, and how many it had drafted: n - 1 of them were accepted.
+
+    draft_layer: the exit k that drafts. decoder: what runs the model, if not PyTorch (native.Decoder). ValueError on
+    settings that the model cannot follow."""
+    L = model.config.n_layer
+    if not 0 <= draft_layer < L - 1:
+        raise ValueError(f'draft_layer={draft_layer} leaves no block to check its drafts: of {L} layers, it is 0 to '
+                         f'{L - 2}' if L > 1 else 'a model of one layer has no earlier exit to draft with')
+    if draft_len < 1:
+        raise ValueError(f'draft_len is at least 1, got {draft_len}')
+    if len(idx) != 1:
+        raise ValueError(f'speculative decoding is for one text at a time, got {len(idx)}')
+    require_sampling(idx, temperature, top_k)
+    how = dict(temperature=temperature, top_k=top_k)
+    return passes(model, idx, max_new_tokens, draft_layer, draft_len, how, generator, decoder or Decoder(model))
+
+
+@torch.no_grad()
+def passes(model, idx, max_new_tokens, k, draft_len, how, generator, decoder):
+    """The generator behind `speculate`, whose arguments are checked. how: temperature and top_k."""
+    block_size, L, was_training = model.config.block_size, model.config.n_layer, model.training
+    model.eval()
+    try:
+        context = new = idx[:, -block_size:]  # new: the tokens that the decoder has not seen yet
+        decoder.length = 0
+        while max_new_tokens > 0:
+            if decoder.length + new.shape[1] > block_size:  # full: again from the newer half, as decode.stream
+                decoder.length, new = 0, context[:, -max(1, block_size // 2):]
+            start = decoder.length
+            n_drafts = min(draft_len, max_new_tokens - 1, block_size - start - new.shape[1])
+            token, states, drafts, q = new, [], [], []
+            for i in range(n_drafts + 1):  # draft; the last draft only needs its state
+                logits, _ = decoder.step(token, n_logits=int(i < n_drafts), exit_layer=k)
+                states.append(decoder.states)
+                if i < n_drafts:
+                    token = sample(logits, **how, generator=generator)
+                    drafts.append(token)
+                    q.append(distribution(logits, **how))
+            h = decoder.blocks(torch.cat(states, dim=-2), k + 1, L - 1, start)  # verify, from where the draft ended
+            p = distribution(decoder.logits(h[..., -n_drafts - 1:, :]).flatten(0, -2), **how)  # (n_drafts + 1, V)
+            n, token = accept(p, q, drafts, top_k=how['top_k'], generator=generator)
+            decoder.length = start + new.shape[1] + n  # forget the others
+            tokens, new = torch.cat(drafts[:n] + [token], dim=1), token
+            context = torch.cat((context, tokens), dim=1)[:, -block_size:]
+            max_new_tokens -= n + 1
+            yield tokens, n_drafts
+    finally:
+        model.train(was_training)
+
+
+def accept(p, q, drafts, top_k=None, generator=None):
+    """How many of n drafts stand, and the token after them, (1, 1) int64.
+
+    drafts: n of (1, 1), drawn from q: n of (1, V). p (n + 1, V): full depth's distribution in the place of each draft
+    and after the last. top_k: p has no more candidates than these."""
+    for n, (draft, p_n, q_n) in enumerate(zip(drafts, p.split(1), q)):
+        odds = p_n.gather(1, draft) / q_n.gather(1, draft)
+        if torch.rand(1, generator=generator, device=p.device) >= odds:
+            rest = (p_n - q_n).clamp(min=0)
+            rest = rest if rest.any() else p_n  # p = q, but for the rounding that refused
+            return n, sample(rest.log(), top_k=top_k, generator=generator)
+    return len(drafts), sample(p[-1:].log(), top_k=top_k, generator=generator)
