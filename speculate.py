@@ -64,37 +64,36 @@ def passes(model, idx, max_new_tokens, k, draft_len, how, generator, decoder):
         while max_new_tokens > 0:
             if decoder.length + new.shape[1] > block_size:  # full: again from the newer half, as decode.stream
                 decoder.length, new = 0, context[:, -max(1, block_size // 2):]
-            start = decoder.length
-            n_drafts = min(draft_len, max_new_tokens - 1, block_size - start - new.shape[1])
-            token, states, drafts, q = new, [], [], []
-            for i in range(n_drafts + 1):  # draft; the last draft only needs its state
-                logits, _ = decoder.step(token, n_logits=int(i < n_drafts), exit_layer=k)
+            start, T = decoder.length, new.shape[1]
+            n_drafts = min(draft_len, max_new_tokens - 1, block_size - start - T)
+            tokens, states, logits = [new], [], []
+            for i in range(n_drafts + 1):  # draft; of the last token only the state is needed, for its verification
+                logits.append(decoder.step(tokens[-1], n_logits=int(i < n_drafts), exit_layer=k)[0])
                 states.append(decoder.states)
                 if i < n_drafts:
-                    token = sample(logits, **how, generator=generator)
-                    drafts.append(token)
-                    q.append(distribution(logits, **how))
-            h = decoder.blocks(torch.cat(states, dim=-2), k + 1, L - 1, start)  # verify, from where the draft ended
+                    tokens.append(sample(logits[-1], **how, generator=generator))
+            h = decoder.blocks(torch.cat(states, dim=-2), k + 1, L - 1, start)  # verify: go on where the drafts ended
             p = distribution(decoder.logits(h[..., -n_drafts - 1:, :]).flatten(0, -2), **how)  # (n_drafts + 1, V)
-            n, token = accept(p, q, drafts, top_k=how['top_k'], generator=generator)
-            decoder.length = start + new.shape[1] + n  # forget the others
-            tokens, new = torch.cat(drafts[:n] + [token], dim=1), token
-            context = torch.cat((context, tokens), dim=1)[:, -block_size:]
+            q = distribution(torch.cat(logits), **how)  # (n_drafts, V)
+            n, token = accept(p, q, torch.cat(tokens[1:] + [new[:, :0]], dim=1).t(), how['top_k'], generator)
+            decoder.length = start + T + n  # forget the drafts from the refused one on
+            new, accepted = token, torch.cat(tokens[1:n + 1] + [token], dim=1)
+            context = torch.cat((context, accepted), dim=1)[:, -block_size:]
             max_new_tokens -= n + 1
-            yield tokens, n_drafts
+            yield accepted, n_drafts
     finally:
         model.train(was_training)
 
 
 def accept(p, q, drafts, top_k=None, generator=None):
-    """How many of n drafts stand, and the token after them, (1, 1) int64.
+    """How many of the drafts stand, and the token after them, (1, 1) int64.
 
-    drafts: n of (1, 1), drawn from q: n of (1, V). p (n + 1, V): full depth's distribution in the place of each draft
-    and after the last. top_k: p has no more candidates than these."""
-    for n, (draft, p_n, q_n) in enumerate(zip(drafts, p.split(1), q)):
-        odds = p_n.gather(1, draft) / q_n.gather(1, draft)
-        if torch.rand(1, generator=generator, device=p.device) >= odds:
-            rest = (p_n - q_n).clamp(min=0)
-            rest = rest if rest.any() else p_n  # p = q, but for the rounding that refused
-            return n, sample(rest.log(), top_k=top_k, generator=generator)
-    return len(drafts), sample(p[-1:].log(), top_k=top_k, generator=generator)
+    drafts (n, 1) int64, drawn from q (n, V); p (n + 1, V): full depth's distribution in place of each and after the
+    last. top_k: p has no more candidates than these."""
+    odds = p[:-1].gather(1, drafts) / q.gather(1, drafts)
+    refused = torch.rand(odds.shape, generator=generator, device=p.device) >= odds
+    n = [*refused.flatten().tolist(), True].index(True)
+    rest = (p[n] - q[n]).clamp(min=0) if n < len(drafts) else p[n]
+    if not rest.any():
+        rest = p[n]  # p = q, but for the rounding that made the odds less than 1
+    return n, sample(rest.log()[None], top_k=top_k, generator=generator)
