@@ -82,9 +82,7 @@ def sample(logits, temperature=1.0, top_k=None, generator=None):
 
 
 def distribution(logits, temperature=1.0, top_k=None):
-    """The probabilities that `sample` draws with: logits (B, V) -> (B, V) float32."""
-    if temperature == 0:
-        return F.one_hot(logits.argmax(dim=-1), logits.shape[-1]).float()
+    """The probabilities that `sample` draws with, temperature > 0: logits (B, V) -> (B, V) float32."""
     if top_k is None:
         return F.softmax(logits.float() / temperature, dim=-1)
     values, ids = logits.topk(min(top_k, logits.shape[-1]))

@@ -73,9 +73,13 @@ def passes(model, idx, max_new_tokens, k, draft_len, how, generator, decoder):
                 if i < n_drafts:
                     tokens.append(sample(logits[-1], **how, generator=generator))
             h = decoder.blocks(torch.cat(states, dim=-2), k + 1, L - 1, start)  # verify: go on where the drafts ended
-            p = distribution(decoder.logits(h[..., -n_drafts - 1:, :]).flatten(0, -2), **how)  # (n_drafts + 1, V)
-            q = distribution(torch.cat(logits), **how)  # (n_drafts, V)
-            n, token = accept(p, q, torch.cat(tokens[1:] + [new[:, :0]], dim=1).t(), how['top_k'], generator)
+            checked = decoder.logits(h[..., -n_drafts - 1:, :]).flatten(0, -2)  # (n_drafts + 1, V)
+            drafts = torch.cat([new[:, :0], *tokens[1:]], dim=1).t()  # (n_drafts, 1)
+            if how['temperature'] == 0:
+                n, token = agree(checked, drafts)
+            else:
+                p, q = distribution(checked, **how), distribution(torch.cat(logits), **how)
+                n, token = accept(p, q, drafts, generator)
             decoder.length = start + T + n  # forget the drafts from the refused one on
             new, accepted = token, torch.cat(tokens[1:n + 1] + [token], dim=1)
             context = torch.cat((context, accepted), dim=1)[:, -block_size:]
@@ -85,15 +89,28 @@ def passes(model, idx, max_new_tokens, k, draft_len, how, generator, decoder):
         model.train(was_training)
 
 
-def accept(p, q, drafts, top_k=None, generator=None):
+def agree(logits, drafts):
+    """How many of the drafts (n, 1) full depth would choose, and its choice after them, (1, 1). logits (n + 1, V)."""
+    choices = logits.argmax(dim=-1, keepdim=True)
+    n = first(choices[:-1] != drafts)
+    return n, choices[n:n + 1]
+
+
+def accept(p, q, drafts, generator=None):
     """How many of the drafts stand, and the token after them, (1, 1) int64.
 
     drafts (n, 1) int64, drawn from q (n, V); p (n + 1, V): full depth's distribution in place of each and after the
-    last. top_k: p has no more candidates than these."""
+    last."""
     odds = p[:-1].gather(1, drafts) / q.gather(1, drafts)
     refused = torch.rand(odds.shape, generator=generator, device=p.device) >= odds
-    n = [*refused.flatten().tolist(), True].index(True)
+    n = first(refused)
     rest = (p[n] - q[n]).clamp(min=0) if n < len(drafts) else p[n]
     if not rest.any():
         rest = p[n]  # p = q, but for the rounding that made the odds less than 1
-    return n, sample(rest.log()[None], top_k=top_k, generator=generator)
+    candidates = rest.nonzero()  # (m, 1)
+    return n, candidates[torch.multinomial(rest[candidates[:, 0]], 1, generator=generator)]
+
+
+def first(refused):
+    """The index of the first of them, or else their number. (n, 1) bool -> int."""
+    return [*refused.flatten().tolist(), True].index(True)

@@ -268,7 +268,7 @@ def test_sampled_texts_are_distributed_as_plain_ones(make_model, how, options):
         assert chi_square(counts, probabilities(0)) < 5  # that is how the drafts are distributed
 
 
-@pytest.mark.parametrize('temperature, top_k', [(0, None), (1.0, None), (0.5, 2), (2.0, 100), (1.0, 1)])
+@pytest.mark.parametrize('temperature, top_k', [(1.0, None), (0.5, 2), (2.0, 100), (1.0, 1)])
 def test_distribution_is_what_sample_draws_from(temperature, top_k):
     logits, generator = torch.tensor([0.5, -1.0, 2.0, 0.1, -0.3, 1.2]), torch.Generator().manual_seed(0)
     p = distribution(logits[None], temperature, top_k)[0]
