@@ -16,9 +16,9 @@ Accept a draft d with probability min(1, p(d) / q(d)), else draw from what q lea
          = min(p(x), q(x))          + (p(x) - q(x))+                               = p(x)
 
 as P(refused) = 1 - sum min(p, q) = sum (p - q)+. At temperature 0 both are one-hot and the rule says: accept while the
-argmax is the same. The text is then plain greedy decoding's, token for token, where a pass gives each of its tokens
-the very bits that it would have alone. native.c does so. PyTorch does it up to the rounding of its sums, so there two
-candidates within that rounding of each other may swap.
+argmax is the same (`agree`). The text is then plain greedy decoding's, token for token, where a pass gives each of its
+tokens the very bits that it would have alone. native.c does so. In PyTorch a pass of several tokens rounds its sums in
+another order; that can tip a quantizer to its next code, some 0.01 in a logit, and candidates so close may swap.
 
 What it brings: if a draft is accepted with probability a, a pass of n drafts yields
 
