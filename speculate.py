@@ -102,8 +102,8 @@ def accept(p, q, drafts, generator=None):
     drafts (n, 1) int64, drawn from q (n, V); p (n + 1, V): full depth's distribution in place of each and after the
     last."""
     odds = p[:-1].gather(1, drafts) / q.gather(1, drafts)
-    refused = torch.rand(odds.shape, generator=generator, device=p.device) >= odds
-    n = first(refused)
+    stands = torch.rand(odds.shape, generator=generator, device=p.device) < odds
+    n = first(~stands)
     rest = (p[n] - q[n]).clamp(min=0) if n < len(drafts) else p[n]
     if not rest.any():
         rest = p[n]  # p = q, but for the rounding that made the odds less than 1
