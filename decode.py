@@ -11,7 +11,6 @@ a hole, and above its exit a token costs 1/11 of a block (Paper A's shape).
     exit_mode = 'gate'          at the first l with p_l > threshold (A6)
     exit_mode = 'confidence'    at the first l where the largest softmax probability is > threshold (CALM)
 """
-from collections import deque
 from functools import partial
 
 import torch
@@ -21,58 +20,80 @@ import torch.nn.functional as F
 class KVCache:
     """Keys and values of all tokens so far: k and v (L, B, n_kv_head, block_size, head_dim).
 
-    `length` counts the tokens; setting it back forgets the newest. `depth` counts the layers that hold them all: a
-    pass that was cut at an exit_layer leaves out the layers above, and these cannot be used any more (ValueError)."""
+    `length` counts the tokens; setting it back forgets the newest. `filled` counts those that each layer holds: a pass
+    that was cut at an exit_layer leaves out the layers above, and these refuse what comes next (ValueError)."""
 
     def __init__(self, model, batch_size):
         config = model.config
         shape = (config.n_layer, batch_size, config.n_kv_head, config.block_size, config.n_embd // config.n_head)
         self.k = torch.zeros(shape, device=model.device)
         self.v = torch.zeros_like(self.k)
-        self.length, self.depth = 0, config.n_layer
+        self.filled = [0] * config.n_layer
+        self.length = 0
 
-    def layer(self, layer, rows=None):
-        """Layer `layer`, for the samples `rows` (int64) of the batch, or for all."""
-        if layer >= self.depth:
-            raise ValueError(f'the cache has no keys for layer {layer}: its tokens left at layer {self.depth - 1}')
-        return LayerCache(self, layer, slice(None) if rows is None else rows)
+    @property
+    def length(self):
+        return self._length
+
+    @length.setter
+    def length(self, length):
+        self._length = length
+        self.filled = [min(n, length) for n in self.filled]
+
+    def layer(self, layer, rows=None, start=None):
+        """Layer `layer` for tokens from position `start` (default: length) on, of the samples `rows` (int64) or all."""
+        start = self.length if start is None else start
+        if self.filled[layer] < start:
+            raise ValueError(f'the cache of layer {layer} holds {self.filled[layer]} tokens, not the {start} before '
+                             'these')
+        return LayerCache(self.k[layer], self.v[layer], start, slice(None) if rows is None else rows)
 
     def advance(self, n_tokens, depth):
+        """The first `depth` layers have taken n_tokens more."""
         self.length += n_tokens
-        self.depth = min(self.depth, depth)
+        self.filled[:depth] = [self.length] * depth
 
 
 class LayerCache:
     """One layer of a cache, for some samples of the batch."""
 
-    def __init__(self, cache, layer, rows):
-        self.k, self.v, self.length, self.rows = cache.k[layer], cache.v[layer], cache.length, rows
+    def __init__(self, k, v, start, rows):
+        self.k, self.v, self.start, self.rows = k, v, start, rows
 
     def append(self, k, v):
         """k, v (b, n_kv_head, T, D) of the T newest tokens -> those of all S tokens so far, (b, n_kv_head, S, D)."""
         if len(k) != len(self.k[self.rows]):
             raise ValueError(f'{len(k)} samples do not fit a cache for {len(self.k[self.rows])}')
-        stop = self.length + k.shape[2]
-        self.k[self.rows, :, self.length:stop] = k.to(self.k.dtype)
-        self.v[self.rows, :, self.length:stop] = v.to(self.v.dtype)
+        stop = self.start + k.shape[2]
+        self.k[self.rows, :, self.start:stop] = k.to(self.k.dtype)
+        self.v[self.rows, :, self.start:stop] = v.to(self.v.dtype)
         return self.k[self.rows, :, :stop], self.v[self.rows, :, :stop]
 
 
 def sample(logits, temperature=1.0, top_k=None, generator=None):
-    """One token per row: logits (B, V) -> (B, 1) int64. Temperature 0 takes the likeliest; top_k keeps k candidates."""
+    """One token per row: logits (B, V) -> (B, 1) int64. Temperature 0 takes the likeliest; top_k keeps k candidates
+    (exactly k: where several tie for the last place, topk decides), and only among these it draws."""
     if temperature == 0:
         return logits.argmax(dim=-1, keepdim=True)
-    logits = logits.float() / temperature
     if top_k is not None:
-        values, ids = logits.topk(min(top_k, logits.shape[-1]))
-        logits = torch.full_like(logits, float('-inf')).scatter(1, ids, values)
-    return torch.multinomial(F.softmax(logits, dim=-1), 1, generator=generator)
+        logits, ids = logits.topk(min(top_k, logits.shape[-1]))  # (B, top_k)
+    choice = torch.multinomial(F.softmax(logits.float() / temperature, dim=-1), 1, generator=generator)
+    return choice if top_k is None else ids.gather(-1, choice)
+
+
+def distribution(logits, temperature=1.0, top_k=None):
+    """The probabilities that `sample` draws with, temperature > 0: logits (B, V) -> (B, V) float32."""
+    if top_k is None:
+        return F.softmax(logits.float() / temperature, dim=-1)
+    values, ids = logits.topk(min(top_k, logits.shape[-1]))
+    return torch.zeros(logits.shape, device=logits.device).scatter(-1, ids, distribution(values, temperature))
 
 
 class Decoder:
     """A model and its cache, one step at a time. native.Decoder is its twin in C, for batches of one.
 
-    `length` tokens have been seen; setting it back forgets the newest."""
+    length: how many tokens have been seen; setting it back forgets the newest.
+    states (B, T, C): the hidden states that the newest tokens left the blocks with, before any norm."""
 
     def __init__(self, model, batch_size=1):
         self.model, self.cache = model, KVCache(model, batch_size)
@@ -84,20 +105,44 @@ class Decoder:
     @length.setter
     def length(self, length):
         self.cache.length = length
-        if length == 0:
-            self.cache.depth = self.model.config.n_layer
 
     @torch.no_grad()
-    def step(self, tokens, exit_layer=None, exit_mode=None, exit_threshold=0.5):
-        """tokens (B, T) int64, the next ones -> logits (B, V) after the last of them, and its exit layers (B,) int64.
+    def step(self, tokens, n_logits=1, exit_layer=None, exit_mode=None, exit_threshold=0.5):
+        """tokens (B, T) int64, the next ones -> logits (B n_logits, V) of the last n_logits, exit layers (B,) int64.
 
         With an exit_mode a single token may leave before exit_layer; more of them run to it, in one pass."""
-        last = self.model.require_layer(exit_layer)
-        if exit_mode is not None and tokens.shape[1] == 1:
+        last, T = self.model.require_layer(exit_layer), tokens.shape[1]
+        if exit_mode is not None and T == 1:
             return step_with_exits(self.model, tokens, self.cache, last, exit_mode, exit_threshold)
-        h = deque(self.model.hidden_states(tokens, last, self.cache), maxlen=1).pop()  # the last one
-        logits = self.model.head(self.model.exit_state(h[:, -1], last))
+        self.states = self.blocks(self.embed(tokens), 0, last)
+        self.cache.length += T
+        logits = self.logits(self.states[:, T - n_logits:], last).flatten(0, 1)
         return logits, torch.full((len(tokens),), last, device=tokens.device)
+
+    def embed(self, tokens):
+        """The states (B, T, C) that block 0 reads, of tokens (B, T)."""
+        return self.model.embedding(tokens)
+
+    @torch.no_grad()
+    def blocks(self, h, first, last, start=None):
+        """h (B, T, C), the states before block `first` at the positions from `start` (default: length) on -> the states
+        after block `last`, (B, T, C). The cache keeps their keys and values, but `length` stays.
+
+        ValueError if a layer from first to last does not hold all that comes before `start`."""
+        start = self.length if start is None else start
+        stop = start + h.shape[1]
+        if stop > self.model.config.block_size:
+            raise ValueError(f'{stop} tokens do not fit into block_size={self.model.config.block_size}')
+        rope = self.model.rope(start, h.shape[1])
+        for layer in range(first, last + 1):
+            h = self.model.blocks[layer](h, rope, self.cache.layer(layer, start=start))
+            self.cache.filled[layer] = stop
+        return h
+
+    @torch.no_grad()
+    def logits(self, h, layer=None):
+        """h (..., C), states after block `layer` (default: the last) -> the logits (..., V) of that exit."""
+        return self.model.head(self.model.exit_state(h, self.model.require_layer(layer)))
 
 
 def stream(model, idx, max_new_tokens, temperature=1.0, top_k=None, exit_layer=None, exit_mode=None,
@@ -109,17 +154,22 @@ def stream(model, idx, max_new_tokens, temperature=1.0, top_k=None, exit_layer=N
     full, it starts again from the newer half of them. decoder: what runs the model, if not PyTorch (native.Decoder).
     ValueError on settings that the model cannot follow."""
     model.require_layer(exit_layer)
-    if temperature < 0 or (top_k is not None and top_k < 1):
-        raise ValueError(f'temperature is at least 0 and top_k at least 1, got {temperature} and {top_k}')
+    require_sampling(idx, temperature, top_k)
     if exit_mode not in (None, 'gate', 'confidence'):
         raise ValueError(f"exit_mode is 'gate' or 'confidence', got {exit_mode!r}")
     if exit_mode == 'gate' and not model.gates:
         raise ValueError("this model has no gates (gate_dim=0); exit_mode='confidence' needs none")
-    if idx.shape[1] == 0:
-        raise ValueError('the prompt is empty: generation starts from at least one token')
     choose = partial(sample, temperature=temperature, top_k=top_k, generator=generator)
     return steps(model, idx, max_new_tokens, choose, decoder or Decoder(model, len(idx)), exit_layer, exit_mode,
                  exit_threshold)
+
+
+def require_sampling(idx, temperature, top_k):
+    """ValueError if these cannot be sampled with."""
+    if idx.shape[1] == 0:
+        raise ValueError('the prompt is empty: generation starts from at least one token')
+    if temperature < 0 or (top_k is not None and top_k < 1):
+        raise ValueError(f'temperature is at least 0 and top_k at least 1, got {temperature} and {top_k}')
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@ What a trained model can do at each of its exits, and what its ternary weights l
 
     python eval_exits.py                            the newest run
     python eval_exits.py --out_dir=out/... --json=exits.json --split=test
+    python eval_exits.py --speculate=True           also: which exit should draft, and how much (speculate.py)
 
 Prints, with the papers' own figures beside ours, and writes as JSON and PNG:
 
@@ -35,6 +36,7 @@ from native import fast_decoder
 from prepare import load_meta, load_tokens, prepare
 from quant import bit_linears, latent_weights
 from runtime import keep_freed_memory, pick_device
+from speculate import speculate
 
 ROWS = 512  # logits of so many tokens at a time
 
@@ -106,6 +108,39 @@ def measure_speed(model, layers, tokens, decoder=None, n_tokens=32, rounds=3):
                 pass
             seconds[layer].append(time.perf_counter() - started)
     return [n_tokens / statistics.median(seconds[layer]) for layer in layers]
+
+
+def measure_speculation(model, tokens, decoder=None, temperature=0.0, lengths=(1, 2, 3, 4, 6), n_tokens=48, rounds=3):
+    """Speculative decoding (speculate.py), batch 1, by draft layer and draft length: a list of dicts. It continues four
+    windows of the split, in turn with plain decoding; the median of the ratios of their times counts."""
+    n_prompt = max(1, model.config.block_size // 4)
+    prompts = [torch.from_numpy(tokens[start:start + n_prompt].astype('int64'))[None].to(model.device)
+               for start in range(0, len(tokens) - n_prompt, (len(tokens) - n_prompt) // 4 + 1)]
+
+    def timed(decode, prompt, seed, *options):
+        """Seconds per token of a decoding, and its passes: how many tokens each brought, and what comes with them."""
+        steps = decode(model, prompt, n_tokens + max(lengths), *options, temperature=temperature, decoder=decoder,
+                       generator=torch.Generator(model.device).manual_seed(seed))
+        next(steps)  # the prompt
+        started = time.perf_counter()
+        passes = [(new.shape[1], what) for new, what in steps]
+        return (time.perf_counter() - started) / sum(n for n, _ in passes), passes
+
+    results = []
+    for layer in range(model.config.n_layer - 1):
+        for length in lengths:
+            plain, ours, passes = [], [], []
+            for seed, prompt in enumerate(prompts * rounds):
+                plain.append(timed(stream, prompt, seed)[0])
+                seconds, done = timed(speculate, prompt, seed, layer, length)
+                ours.append(seconds)
+                passes += done
+            n_new, n_drafted = map(sum, zip(*passes))
+            results.append({'draft_layer': layer, 'draft_len': length,
+                            'acceptance': (n_new - len(passes)) / max(1, n_drafted),
+                            'tokens_per_pass': n_new / len(passes), 'tok_per_s': 1 / statistics.median(ours),
+                            'speedup': statistics.median(a / b for a, b in zip(plain, ours))})
+    return results
 
 
 def weight_statistics(model):
@@ -191,6 +226,13 @@ def print_report(report, cell):
           ['layer', 'blocks', 'loss', 'PPL', 'bits/B', 'tok/s', 'PPL +%', 'speed +%', 'ratio', 'Paper A'],
           [[e['layer'], e['blocks'], e['loss'], e['ppl'], e['bits_per_byte'], e['tok_per_s'], *trade(e), p]
            for e, p in zip(exits, paper)])
+    best = report.get('speculation', {}).get('best')
+    if best:
+        table(f'Speculative decoding, temperature {report["speculation"]["temperature"]}; speed in full depth\'s',
+              ['draft layer', 'draft length', 'accepted', 'tokens/pass', 'tok/s', 'speed'],
+              [list(r.values()) for r in report['speculation']['sweep']])
+        print(f'\nbest: --draft_layer={best["draft_layer"]} --draft_len={best["draft_len"]}, {best["speedup"]:.2f} '
+              'times the speed of plain decoding at full depth')
     weights, stats = report['weights'], report['stats']
     print(f'\nspeeds: {report["decoding"]}')
     if 'packed' in weights:
@@ -248,6 +290,8 @@ class EvalSettings:
     batch_size: int = 16  # sequences at a time
     device: str = 'auto'  # auto, cpu, cuda, cuda:1, mps
     packed: bool = True  # time decoding with packed weights, and measure what their int8 head costs
+    speculate: bool = False  # try speculative decoding with every draft layer and several draft lengths
+    temperature: float = 0.0  # of speculative decoding; 0 is greedy
     json: str = ''  # where to write the figures; empty: eval.json in the run's folder
 
 
@@ -282,6 +326,10 @@ def main(argv):
         'weights': {name: {'loss': loss, 'ppl': perplexity(loss)} for name, loss in weights.items()},
         'stats': {'weights': weight_statistics(model), 'parameters': parameter_breakdown(model),
                   'activation_std': std, 'gates': gates}}
+    if s.speculate:
+        sweep = measure_speculation(fast, tokens, decoder, s.temperature) if len(layers) > 1 else []
+        report['speculation'] = {'temperature': s.temperature, 'sweep': sweep,
+                                 'best': max(sweep, key=lambda r: r['speedup'], default=None)}
     cell = papers.CELLS[model.config.linear == 'hbitlinear', model.config.lambda_ee > 0]
     print_report(report, cell)
     path = s.json or os.path.join(out_dir, 'eval.json')

@@ -63,7 +63,7 @@ typedef struct {
     const void *embedding;          // (V, C) float or, with scales, int8
     const float *embedding_scales;  // (V)
     const float *cos, *sin;         // (block_size, D / 2) of RoPE
-    float *k, *v;                   // (n_layer, n_kv_head, block_size 16s / 16, D, 16), (., ., block_size, D)
+    float *k, *v;                   // (n_layer, n_kv_head, block_size 16s / 16, D, 16), (., ., block_size, D 16s)
     char *workspace;                // workspace_bytes() of them
     int n_layer, n_head, n_kv_head, n_embd, vocab_size, block_size, gate_dim, normed_exits, threads, isa;
 } Decoder;
@@ -84,6 +84,8 @@ static int smaller(int a, int b) { return a < b ? a : b; }
 
 // -------------------------------------------------------------------------------------------------------------------
 // sums. Loops over LANES become vector instructions: 16 floats are one register of AVX-512, two of AVX2, four of SSE
+
+typedef float Lanes __attribute__((vector_size(4 * LANES), aligned(4), may_alias));  // wherever they lie in memory
 
 static float fold(float *lanes) {
     for (int half = LANES / 2; half; half /= 2)
@@ -508,24 +510,25 @@ static void rotate(const Decoder *d, float *x, int D, int position) {
 
 // One query over the first n positions: y (D) = softmax(q k / sqrt(D)) v, by way of p (n 16s).
 static void attend(const float *q, const float *k, const float *v, int n, int D, float *p, float *y) {
+    int width = up_to(LANES, D) / LANES;
+    const Lanes *keys = (const Lanes *)k, *values = (const Lanes *)v;  // (n 16s / 16, D), (n, width)
     float scale = 1 / sqrtf(D);
-    for (int i = 0; i < n; i += LANES) {  // 16 positions at a time; what comes out for those from n on is never used
-        const float *keys = k + (int64_t)i * D;  // (D, 16)
-        float even[LANES] = {0}, odd[LANES] = {0};
-        for (int j = 0; j < D; j += 2)
-            for (int l = 0; l < LANES; l++) {
-                even[l] += q[j] * keys[j * LANES + l];
-                odd[l] += q[j + 1] * keys[(j + 1) * LANES + l];
-            }
-        for (int l = 0; l < LANES; l++) p[i + l] = (even[l] + odd[l]) * scale;
+    for (int i = 0; i < n; i += LANES, keys += D) {  // what comes out for positions from n on is never used
+        Lanes even = {0}, odd = {0};
+        for (int j = 0; j < D; j += 2) even += q[j] * keys[j], odd += q[j + 1] * keys[j + 1];
+        *(Lanes *)(p + i) = (even + odd) * scale;
     }
     float largest = max(p, n);
     for (int i = 0; i < n; i++) p[i] = exponential(p[i] - largest);
     float total = sum(p, n);
-    memset(y, 0, D * sizeof *y);
-    for (int i = 0; i < n; i++)
-        for (int j = 0; j < D; j++) y[j] += p[i] * v[(int64_t)i * D + j];
-    for (int j = 0; j < D; j++) y[j] /= total;
+    for (int j = 0; j < width; j++) {
+        Lanes even = {0}, odd = {0};
+        for (int i = 0; i < n / 2 * 2; i += 2)
+            even += p[i] * values[i * width + j], odd += p[i + 1] * values[(i + 1) * width + j];
+        if (n % 2) even += p[n - 1] * values[(n - 1) * width + j];
+        even = (even + odd) / total;
+        memcpy(y + j * LANES, &even, smaller(LANES, D - j * LANES) * sizeof *y);
+    }
 }
 
 // Key-value head g: the new tokens' keys and values go to the cache; then its queries read from it what goes to y.
@@ -533,13 +536,13 @@ INLINE void attention(Run *run, int g, float *p) {
     const Decoder *d = run->d;
     int D = d->n_embd / d->n_head, queries = d->n_head / d->n_kv_head;
     int64_t cached = (int64_t)run->layer * d->n_kv_head + g;
-    float *k = d->k + cached * up_to(LANES, d->block_size) * D, *v = d->v + cached * d->block_size * D;
+    float *k = d->k + cached * up_to(LANES, d->block_size) * D, *v = d->v + cached * d->block_size * up_to(LANES, D);
     for (int t = 0; t < run->T; t++) {
         int position = run->start + t;
         float *new_k = run->qkv + t * run->Q + d->n_embd + g * D, *new_v = new_k + d->n_kv_head * D;
         rotate(d, new_k, D, position);
         for (int i = 0; i < D; i++) k[(position / LANES * D + i) * LANES + position % LANES] = new_k[i];
-        memcpy(v + position * D, new_v, D * sizeof *v);
+        memcpy(v + position * up_to(LANES, D), new_v, D * sizeof *v);
     }
     for (int t = 0; t < (run->has_left ? 0 : run->T); t++)
         for (int i = g * queries; i < (g + 1) * queries; i++) {

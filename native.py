@@ -243,7 +243,7 @@ class Decoder:
             embedding=self.keep(embedding), embedding_scales=self.keep(embedding_scales),
             cos=self.keep(model.rope_cos), sin=self.keep(model.rope_sin),
             k=self.keep(torch.zeros(config.n_layer, config.n_kv_head, tiles, D, 16)),
-            v=self.keep(torch.zeros(config.n_layer, config.n_kv_head, config.block_size, D)),
+            v=self.keep(torch.zeros(config.n_layer, config.n_kv_head, config.block_size, -(-D // 16) * 16)),
             normed_exits=config.exit_norm == 'final', threads=threads, isa=isa,
             **{name: getattr(config, name) for name in ('n_layer', 'n_head', 'n_kv_head', 'n_embd', 'vocab_size',
                                                         'block_size', 'gate_dim')})

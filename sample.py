@@ -4,6 +4,7 @@ Generate text from a trained model.
     python sample.py                                        the newest run, at full depth
     python sample.py --exit_layer 10                        every token leaves after block 10
     python sample.py --exit_mode=confidence --exit_threshold=0.9
+    python sample.py --draft_layer=2 --draft_len=4          as at full depth, drafted by block 2 and checked
     python sample.py --prompt='Return the' --temperature=0
     echo 'Return the' | python sample.py --prompt_file=-    prompt from stdin, or from a file by name
 """
@@ -21,6 +22,7 @@ from configurator import UserError, configure, run
 from decode import stream
 from native import fast_decoder
 from runtime import pick_device
+from speculate import speculate
 from tokenizer import get_tokenizer
 
 
@@ -36,6 +38,8 @@ class SampleSettings:
     top_k: int | None = None  # choose among the k likeliest tokens only
     exit_layer: int | None = None  # the deepest block to run; none: all
     exit_mode: Literal['none', 'gate', 'confidence'] = 'none'  # let each token leave earlier: by gate, by confidence
+    draft_layer: int | None = None  # speculative decoding: this exit drafts, full depth checks; none: no drafts
+    draft_len: int = 4  # how many tokens a pass drafts
     packed: bool = True  # decode with packed weights: stored codes; on a CPU an int8 head, and C where it compiles
     exit_threshold: float = 0.5  # leave when the gate (A6) or the largest probability exceeds this
     device: str = 'auto'  # auto, cpu, cuda, cuda:1, mps
@@ -73,24 +77,45 @@ def main(argv):
     if s.packed and model.config.linear != 'fp':
         model, decoder, how = fast_decoder(model)
         print(f'decoding: {how} (--packed=False for the model as it was trained)')
+    generator, prompt_ids = torch.Generator(device).manual_seed(s.seed), torch.tensor([ids], device=device)
+    drafting, exit_mode = s.draft_layer is not None, None if s.exit_mode == 'none' else s.exit_mode
+    if drafting and (s.exit_layer is not None or exit_mode):
+        raise UserError('--draft_layer checks every token at full depth; leave out --exit_layer and --exit_mode')
     try:
-        steps = stream(model, torch.tensor([ids], device=device), s.max_new_tokens, s.temperature, s.top_k,
-                       s.exit_layer, None if s.exit_mode == 'none' else s.exit_mode, s.exit_threshold,
-                       torch.Generator(device).manual_seed(s.seed), decoder)
+        if drafting:
+            steps = speculate(model, prompt_ids, s.max_new_tokens, s.draft_layer, s.draft_len, s.temperature, s.top_k,
+                              generator, decoder)
+        else:
+            steps = stream(model, prompt_ids, s.max_new_tokens, s.temperature, s.top_k, s.exit_layer, exit_mode,
+                           s.exit_threshold, generator, decoder)
     except ValueError as error:
         raise UserError(str(error)) from None
+    if drafting and not model.config.lambda_ee:
+        print('note: the exits of this model were not trained (lambda_ee=0), so few drafts will stand')
 
     text = codecs.getincrementaldecoder('utf-8')(errors='replace')  # a character may take several tokens
     print(prompt, end='', flush=True)
-    layers, started = [], time.perf_counter()
-    for token, layer in steps:
-        print(text.decode(tokenizer.decode_bytes(token[0].tolist())), end='', flush=True)
-        layers.append(layer.item())
+    counts, told, started = [], [], time.perf_counter()  # told: exit layers, or how many tokens were drafted
+    for tokens, what in steps:
+        print(text.decode(tokenizer.decode_bytes(tokens[0].tolist())), end='', flush=True)
+        counts.append(tokens.shape[1])
+        told.append(int(what))
     print(text.decode(b'', final=True))
-    if layers:
-        seconds, mean = time.perf_counter() - started, sum(layers) / len(layers)
-        print(f'\n{len(layers)} tokens, {len(layers) / seconds:.1f} tokens/s, mean exit layer {mean:.2f} of '
-              f'0 to {model.config.n_layer - 1} ({mean + 1:.2f} blocks)')
+    if counts:
+        n, seconds = sum(counts), time.perf_counter() - started
+        print(f'\n{n} tokens, {n / seconds:.1f} tokens/s, ' + (report_drafts if drafting else report_exits)(
+            counts, told, model.config.n_layer))
+
+
+def report_exits(counts, layers, n_layer):
+    mean = sum(layers) / len(layers)
+    return f'mean exit layer {mean:.2f} of 0 to {n_layer - 1} ({mean + 1:.2f} blocks)'
+
+
+def report_drafts(counts, drafted, n_layer):
+    accepted = sum(counts) - len(counts)
+    return (f'{accepted / max(1, sum(drafted)):.1%} of {sum(drafted)} drafts accepted, '
+            f'{sum(counts) / len(counts):.2f} tokens per pass')
 
 
 if __name__ == '__main__':

@@ -69,11 +69,11 @@ def test_a_cache_cut_at_an_exit_refuses_deeper_use(make_model, tokens):
     model = make_model()
     cache = KVCache(model, 2)
     model(tokens(2, 4), exit_layer=1, cache=cache)
-    with pytest.raises(ValueError, match='no keys for layer 2: its tokens left at layer 1'):
+    with pytest.raises(ValueError, match='the cache of layer 2 holds 0 tokens, not the 4 before'):
         model(tokens(2, 1), cache=cache)
     model(tokens(2, 1), exit_layer=1, cache=cache)  # as deep as before is fine, and so is less deep
     model(tokens(2, 1), exit_layer=0, cache=cache)
-    with pytest.raises(ValueError, match='no keys for layer 1: its tokens left at layer 0'):
+    with pytest.raises(ValueError, match='the cache of layer 1 holds 5 tokens, not the 6 before'):
         model(tokens(2, 1), exit_layer=1, cache=cache)
 
 

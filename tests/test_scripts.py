@@ -2,8 +2,10 @@
 import inspect
 import json
 import math
+import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -93,7 +95,22 @@ def test_sample_token_by_token_exits(capsys, mode):
     assert 'mean exit layer 0.15' in shallow and 'mean exit layer 3.00' in deep
 
 
+@pytest.mark.parametrize('packed', ['--packed=True', '--packed=False'])
+def test_sample_with_drafts_writes_the_same_text(capsys, packed):
+    flags = ['--prompt=def ', '--temperature=0', packed]
+    plain, drafted = text_of(capsys, *flags), text_of(capsys, *flags, '--draft_layer=1', '--draft_len=3')
+    assert plain.split('\ndef ')[1].split('tokens')[0] == drafted.split('\ndef ')[1].split('tokens')[0]
+    accepted, drafts, per_pass = re.search(r'([\d.]+)% of (\d+) drafts accepted, ([\d.]+) tokens per pass',
+                                           drafted).groups()
+    passes = 20 / float(per_pass)
+    assert float(accepted) / 100 * int(drafts) == pytest.approx(20 - passes, abs=0.2)
+
+
 @pytest.mark.parametrize('flags, message', [
+    (['--draft_layer=3'], 'leaves no block to check its drafts: of 4 layers, it is 0 to 2'),
+    (['--draft_layer=1', '--draft_len=0'], 'draft_len is at least 1'),
+    (['--draft_layer=1', '--exit_layer=2'], 'leave out --exit_layer and --exit_mode'),
+    (['--draft_layer=1', '--exit_mode=gate'], 'leave out --exit_layer and --exit_mode'),
     (['--exit_layer=4'], 'its 4 layers are 0 to 3'),
     (['--exit_layer=-1'], 'its 4 layers are 0 to 3'),
     (['--out_dir=out/nothing'], 'there is no checkpoint out/nothing/ckpt.pt'),
@@ -224,6 +241,19 @@ def test_activation_std_and_gates(report):
     gates = report['stats']['gates']
     assert gates['mean_exit_layer'] == pytest.approx(sum(left) / len(left), rel=1e-5)
     assert gates['leaving_share'] == pytest.approx([left.count(layer) / len(left) for layer in range(4)])
+
+
+def test_speculation_is_swept_and_the_best_is_named(capsys, monkeypatch):
+    monkeypatch.setattr(eval_exits, 'measure_speculation', partial(
+        eval_exits.measure_speculation, lengths=(1, 4), n_tokens=9, rounds=1))
+    eval_exits.main(['--speculate=True', '--json=drafts.json'])
+    result = json.loads(Path('drafts.json').read_text())['speculation']
+    assert [(r['draft_layer'], r['draft_len']) for r in result['sweep']] == [(k, n) for k in range(3) for n in (1, 4)]
+    for r in result['sweep']:
+        assert 0 <= r['acceptance'] <= 1 <= r['tokens_per_pass'] <= r['draft_len'] + 1 and r['speedup'] > 0
+    best = max(result['sweep'], key=lambda r: r['speedup'])
+    assert result['best'] == best
+    assert f'best: --draft_layer={best["draft_layer"]} --draft_len={best["draft_len"]}, ' in capsys.readouterr().out
 
 
 def test_eval_finds_the_newest_run_and_needs_a_split_that_exists():
