@@ -45,6 +45,8 @@ class KVCache:
 class LayerCache:
     """One layer of a cache, for some samples of the batch."""
 
+    mask = None  # (b, 1, T, S) bool where tokens do not just see all up to themselves: batches padded on the left
+
     def __init__(self, cache, layer, rows):
         self.k, self.v, self.length, self.rows = cache.k[layer], cache.v[layer], cache.length, rows
 

@@ -140,9 +140,10 @@ class Attention(nn.Module):
         T, mask = x.shape[1], None
         if past is not None:
             k, v = past.append(k, v)  # (B, n_kv_head, S, D): all keys and values so far, S >= T
-            if 1 < T < k.shape[2]:  # new token i sees all old ones and the new ones up to itself
+            mask = past.mask
+            if mask is None and 1 < T < k.shape[2]:  # new token i sees all old ones and the new ones up to itself
                 mask = torch.ones(T, k.shape[2], dtype=torch.bool, device=x.device).tril(k.shape[2] - T)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=k.shape[2] == T > 1, enable_gqa=True,
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1, enable_gqa=True,
                                            dropout_p=self.dropout if self.training else 0.0)
         y = y.transpose(1, 2).flatten(2)  # (B, H, T, D) -> (B, T, C)
         return self.o(self.sub_norm(y))
