@@ -229,7 +229,7 @@ def test_self_speculation_of_ternary_models(pair):
     with torch.no_grad():
         logits = ours(out[:, :-1])[0][0, 19:]  # (20, V)
     chosen = logits.gather(1, out[0, 20:, None]).squeeze(1)
-    assert out.shape[1] == 40 and (logits.amax(1) - chosen).max() < 0.1 * logits.std()
+    assert out.shape[1] == 40 and (logits.amax(1) - chosen).max() < 0.25 * logits.std()  # others: 2 or 3 below
 
 
 def test_beams_and_samples(shallow):
