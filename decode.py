@@ -57,6 +57,8 @@ class KVCache:
 class LayerCache:
     """One layer of a cache, for some samples of the batch."""
 
+    mask = None  # (b, 1, T, S) bool where tokens do not just see all up to themselves: batches padded on the left
+
     def __init__(self, k, v, start, rows):
         self.k, self.v, self.start, self.rows = k, v, start, rows
 

@@ -153,10 +153,11 @@ class Attention(nn.Module):
             if not self.causal:
                 raise ValueError('a model that sees the future (causal=False) cannot decode')
             k, v = past.append(k, v)  # (B, n_kv_head, S, D): all keys and values so far, S >= T
-            if 1 < T < k.shape[2]:  # new token i sees all old ones and the new ones up to itself
+            mask = past.mask
+            if mask is None and 1 < T < k.shape[2]:  # new token i sees all old ones and the new ones up to itself
                 mask = torch.ones(T, k.shape[2], dtype=torch.bool, device=x.device).tril(k.shape[2] - T)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True,
-                                           is_causal=self.causal and (past is None or k.shape[2] == T),
+        is_causal = self.causal and mask is None and (past is None or k.shape[2] == T)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, enable_gqa=True,
                                            dropout_p=self.dropout if self.training else 0.0)
         y = y.transpose(1, 2).flatten(2)  # (B, H, T, D) -> (B, T, C)
         return self.o(self.sub_norm(y))
