@@ -1,0 +1,28 @@
+"""2. Ternary weights, twice (A1, B7)."""
+import torch
+
+
+def ternary(w):
+    """A1: w (out, in) -> codes (out, in) int8 in {-1, 0, 1}, and the scale alpha (), one for the matrix.
+
+        alpha = mean|W|,    W^ = alpha clip(round(W / alpha), -1, 1)
+
+    A matrix of zeros has codes 0, not NaN."""
+    raise NotImplementedError
+
+
+def ternary_by_thresholds(w):
+    """B7: the same codes, by comparisons with +-alpha/2 alone. What is exactly on a threshold becomes 0."""
+    raise NotImplementedError
+
+
+def observe():
+    w = torch.randn(512, 512, generator=torch.Generator().manual_seed(0))
+    codes, alpha = ternary(w)
+    shares = [(codes == c).float().mean().item() for c in (-1, 0, 1)]
+    print('Gaussian weights: shares of -1, 0, +1: ' + ', '.join(f'{share:.3f}' for share in shares))
+    print(f'|W^ - W| / |W| = {(codes * alpha - w).norm() / w.norm():.3f}')
+
+
+if __name__ == '__main__':
+    observe()
