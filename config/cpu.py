@@ -1,6 +1,6 @@
 # Overlay for two CPU cores and no network: shrinks any recipe and trains it on the embedded text, byte by byte.
 #   python train.py config/bitskip_h_ee.py config/cpu.py
-# 7 minutes on two cores (AMD EPYC with AVX-512 VNNI and BF16); validation PPL 4.81 a byte, 2.27 bits per byte.
+# 7 minutes on two cores (AMD EPYC, --dtype=bfloat16), 10 on two threads of an Intel Xeon; validation PPL 4.8 to 4.9.
 dataset = 'pydocs'
 block_size = 256
 n_head, n_kv_head = 4, 2
