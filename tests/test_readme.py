@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import ablate
 import bench
 import eval_exits
 import export_gguf
@@ -15,13 +16,15 @@ import export_hf
 import pack
 import prepare
 import sample
+import tables
 import train
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / 'README.md').read_text()
 SETTINGS = {'train.py': train.TrainSettings, 'sample.py': sample.SampleSettings, 'prepare.py': prepare.Settings,
             'eval_exits.py': eval_exits.EvalSettings, 'pack.py': pack.PackSettings, 'bench.py': bench.BenchSettings,
-             'export_gguf.py': export_gguf.ExportSettings, 'export_hf.py': export_hf.ExportSettings}
+            'export_gguf.py': export_gguf.ExportSettings, 'export_hf.py': export_hf.ExportSettings,
+            'ablate.py': ablate.AblateSettings, 'tables.py': tables.TablesSettings}
 WALKTHROUGH = [line for line in README.splitlines() if re.match(r'\| [^|]*(A\d|B\d)', line)]
 COMMANDS = [command for block in re.findall(r'```sh\n(.*?)```', README, re.S) for command in block.splitlines()]
 
@@ -96,7 +99,8 @@ def test_requirements_are_the_named_packages():
 def test_help_lists_every_setting_with_its_comment(script, capsys, monkeypatch):
     monkeypatch.setattr(sys, 'argv', [script])
     module = {'train.py': train, 'sample.py': sample, 'prepare.py': prepare, 'eval_exits.py': eval_exits,
-              'pack.py': pack, 'bench.py': bench, 'export_gguf.py': export_gguf, 'export_hf.py': export_hf}[script]
+              'pack.py': pack, 'bench.py': bench, 'export_gguf.py': export_gguf, 'export_hf.py': export_hf,
+              'ablate.py': ablate, 'tables.py': tables}[script]
     with pytest.raises(SystemExit) as stop:
         module.main(['--help'])
     lines = capsys.readouterr().out.splitlines()
