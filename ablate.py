@@ -217,7 +217,7 @@ def measure(path):
     """Everything that a table or a plot may want of a trained model, over the whole validation split."""
     model, settings = checkpoint.load_checkpoint(path, pick_device('auto'))
     meta, progress = settings['meta'], settings['progress']
-    folder = prepare(settings['dataset'], settings['tokenizer'], settings['source'], settings['data_dir'])
+    folder = prepare(*checkpoint.told(settings, *checkpoint.DATA))
     tokens = load_tokens(folder, 'val')
     losses = evaluate(model, tokens, list(range(model.config.n_layer)))
     latent = None

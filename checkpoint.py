@@ -11,6 +11,7 @@ so a checkpoint from a stranger cannot run code.
 """
 import contextlib
 import glob
+import json
 import os
 import zipfile
 
@@ -19,6 +20,12 @@ import torch
 from configurator import UserError
 from model import BitSkip, BitSkipConfig
 from packed import load_packed
+
+DATA = 'dataset', 'tokenizer', 'source', 'data_dir'  # the settings that lead to a run's data: prepare's arguments
+# what the scripts read from a checkpoint beside the model
+TYPES = {'settings': dict.fromkeys(DATA, str) | {'seed': int},
+         'meta': {'dataset': str, 'tokenizer': str, 'vocab_size': int, 'splits': dict},
+         'progress': {'iter': int, 'last_eval': int, 'val_loss': float, 'bad_evals': int, 'seconds': float}}
 
 
 @contextlib.contextmanager
@@ -34,9 +41,11 @@ def atomic_write(path, mode='wb'):
             os.fsync(file.fileno())
         os.replace(aside, path)
         fsync_folder(folder)  # the rename itself must survive a power cut, too
-    except BaseException:
+    except BaseException as error:
         if os.path.exists(aside):
             os.unlink(aside)
+        if isinstance(error, OSError):
+            error.filename = error.filename or path
         raise
 
 
@@ -50,7 +59,12 @@ def fsync_folder(folder):
 
 def save(path, checkpoint):
     with atomic_write(path) as file:
-        torch.save(checkpoint, file)
+        try:
+            torch.save(checkpoint, file)
+        except RuntimeError as error:  # torch buries a full disk under a complaint of its own
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
 
 
 def load(path, device='cpu'):
@@ -60,6 +74,8 @@ def load(path, device='cpu'):
                         'python train.py config/bitskip_h_ee.py config/cpu.py makes one')
     try:
         with zipfile.ZipFile(path) as archive:  # torch's format: an archive with a checksum for every tensor
+            if sum(record.file_size for record in archive.infolist()) > os.path.getsize(path):
+                raise zipfile.BadZipFile('it would inflate to more than it is')
             if archive.testzip():
                 raise zipfile.BadZipFile('a checksum is wrong')
         checkpoint = torch.load(path, map_location=device, weights_only=True)
@@ -71,21 +87,43 @@ def load(path, device='cpu'):
     expected = {'model', 'settings', 'meta', 'progress'}
     if not isinstance(checkpoint, dict) or not expected <= checkpoint.keys():
         raise UserError(f'{path} is not a BitSkip checkpoint: it should hold {", ".join(sorted(expected))}')
+    model = checkpoint['model']
+    if not (isinstance(model, dict) and all(isinstance(name, str) and torch.is_tensor(model[name]) for name in model)):
+        raise UserError(f'{path} is a checkpoint of another model or program: it should hold weights by name')
+    for part, types in TYPES.items():
+        try:
+            json.dumps(checkpoint[part])  # plain values only
+            wrong = [key for key, kind in types.items() if type(checkpoint[part].get(key, kind())) is not kind]
+        except (TypeError, ValueError, AttributeError, RecursionError):
+            wrong = ['what it holds']
+        if wrong:
+            raise UserError(f'{path} is a checkpoint of another model or program: see {wrong[0]} in its {part}')
     return checkpoint
+
+
+def told(part, *keys):
+    """The values of `keys` in a part of a checkpoint, its settings say. UserError if it lacks one."""
+    for key in keys:
+        if key not in part:
+            raise UserError(f"this checkpoint does not tell its '{key}': train.py did not write it")
+    return [part[key] for key in keys]
 
 
 def build_model(checkpoint, path):
     """The BitSkip model that a checkpoint holds, in eval mode. UserError if its parts do not fit together."""
     try:
-        if not isinstance(checkpoint['settings'], dict):
-            raise TypeError('its settings are not a dict')
-        config = BitSkipConfig.of(checkpoint['settings'])
+        config, state = BitSkipConfig.of(checkpoint['settings']), checkpoint['model']
+        if config.n_layer > len(state):
+            raise ValueError(f'it has no {config.n_layer} layers')  # rather than building them first
         if checkpoint.get('packed'):
-            return load_packed(config, checkpoint['model'])
-        model = BitSkip(config)
-        model.load_state_dict(checkpoint['model'])
+            model = load_packed(config, state)
+        else:
+            model = BitSkip(config)
+            model.load_state_dict(state)
     except (RuntimeError, ValueError, TypeError, AttributeError) as error:
         raise UserError(f'{path} is a checkpoint of another model ({" ".join(str(error).split())[:120]})') from None
+    if not all(tensor.isfinite().all() for tensor in model.state_dict().values()):
+        raise UserError(f'{path} holds weights that are not finite numbers: its model has diverged')
     return model.eval()
 
 

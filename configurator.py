@@ -22,6 +22,7 @@ import difflib
 import inspect
 import os
 import re
+import reprlib
 import sys
 import textwrap
 import traceback
@@ -38,6 +39,7 @@ class UserError(Exception):
 
 def run(main):
     """Call `main(argv)` as a script: a user's mistake ends in one sentence and exit code 2, never a traceback."""
+    sys.stdout.reconfigure(errors='replace')  # text may hold what this terminal cannot show
     try:
         main(sys.argv[1:])
     except UserError as error:
@@ -46,12 +48,17 @@ def run(main):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:  # disk full, no permission: the system's own words are the clearest
         fail(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}")
+    except (MemoryError, RuntimeError) as error:  # torch has no class of its own for a CPU's memory
+        if isinstance(error, RuntimeError) and not re.search('allocate memory|out of memory', str(error)):
+            raise
+        fail('out of memory: this takes more than the machine has; a smaller batch or model may fit')
     except KeyboardInterrupt:
         sys.exit(130)
 
 
 def fail(message):
-    print(f'error: {message}', file=sys.stderr)
+    text = ' '.join(str(message).split())
+    print('error:', text if len(text) < 500 else f'{text[:300]} ... {text[-150:]}', file=sys.stderr)
     sys.exit(2)
 
 
@@ -62,14 +69,19 @@ def configure(cls, argv, base=None):
         print(help_text(cls))
         sys.exit(0)
     hints = typing.get_type_hints(cls)
-    values = {field.name: field.default for field in dataclasses.fields(cls)} | dict(base or {})
+    values = {field.name: field.default for field in dataclasses.fields(cls)}
+    for key, value in dict(base or {}).items():
+        values[key] = convert(key, value, hints, where='saved settings: ')
     files, flags = split_arguments(argv, hints)
     for file in files:
         for key, value in read_config(file, values).items():
             values[key] = convert(key, value, hints, where=f'{file}: ')
     for key, text in flags:
         values[key] = convert(key, text, hints, where='--', from_text=True)
-    return cls(**values)
+    try:
+        return cls(**values)
+    except ValueError as error:  # a value of the right type that is not possible
+        raise UserError(str(error)) from None
 
 
 def split_arguments(argv, hints):
@@ -122,7 +134,7 @@ def read_config(path, values):
 def require_known(key, values, where=''):
     if key not in values:
         near = difflib.get_close_matches(key, values, n=3, cutoff=0.5)
-        raise UserError(f"{where}unknown setting '{key}'"
+        raise UserError(f'{where}unknown setting {shown(key)}'
                         + (f"; did you mean {' or '.join(near)}?" if near else '; --help lists them all'))
 
 
@@ -134,7 +146,7 @@ def convert(key, value, hints, where='', from_text=False):
     if typing.get_origin(hint) is typing.Literal:
         if value in choices:
             return value
-        raise UserError(f"{where}{key}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
+        raise UserError(f"{where}{key}: expected one of {', '.join(map(repr, choices))}, got {shown(value)}")
     if optional:
         hint = next(choice for choice in choices if choice is not type(None))
         if value is None or (from_text and hint is not str and value.lower() in ('none', '')):
@@ -146,12 +158,23 @@ def convert(key, value, hints, where='', from_text=False):
             value = hint(value)
         except ValueError:
             pass
+    if type(value) is int and abs(value) >= 2 ** 63:
+        raise UserError(f'{where}{key}: a whole number has 63 bits here, this one {value.bit_length()}')
     if hint is float and type(value) is int:  # 1 is a fine way to write 1.0
         value = float(value)
-    if type(value) is not hint:
+    if type(value) is not hint or (hint is str and '\0' in value):
         kinds = {int: 'a whole number', float: 'a number', bool: 'True or False', str: 'a string'}
-        raise UserError(f"{where}{key}: expected {kinds[hint]}{' or None' if optional else ''}, got {value!r}")
+        raise UserError(f"{where}{key}: expected {kinds[hint]}{' or None' if optional else ''}, "
+                        f'got {shown(value)}')
     return value
+
+
+def shown(value):
+    """A value as a message quotes it: not at any length."""
+    try:
+        return reprlib.repr(value)
+    except ValueError:  # Python does not print numbers of more than 4,300 digits
+        return 'a number of thousands of digits'
 
 
 def help_text(cls):

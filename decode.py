@@ -170,8 +170,9 @@ def require_sampling(idx, temperature, top_k):
     """ValueError if these cannot be sampled with."""
     if idx.shape[1] == 0:
         raise ValueError('the prompt is empty: generation starts from at least one token')
-    if temperature < 0 or (top_k is not None and top_k < 1):
-        raise ValueError(f'temperature is at least 0 and top_k at least 1, got {temperature} and {top_k}')
+    if not (temperature == 0 or temperature >= 1e-3) or (top_k is not None and top_k < 1):
+        raise ValueError(f'temperature is at least 0 (and then at least 0.001) and top_k at least 1, got {temperature} '
+                         f'and {top_k}')
 
 
 @torch.no_grad()

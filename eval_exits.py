@@ -294,6 +294,10 @@ class EvalSettings:
     temperature: float = 0.0  # of speculative decoding; 0 is greedy
     json: str = ''  # where to write the figures; empty: eval.json in the run's folder
 
+    def __post_init__(self):
+        if self.batch_size < 1:
+            raise ValueError(f'batch_size is at least 1, got {self.batch_size}')
+
 
 def main(argv):
     s = configure(EvalSettings, argv)
@@ -301,7 +305,7 @@ def main(argv):
     device = pick_device(s.device)
     out_dir = checkpoint.find_run(s.out_dir)
     model, settings = checkpoint.load_checkpoint(os.path.join(out_dir, s.checkpoint), device)
-    folder = prepare(settings['dataset'], settings['tokenizer'], settings['source'], settings['data_dir'])
+    folder = prepare(*checkpoint.told(settings, *checkpoint.DATA))
     meta, tokens = load_meta(folder), load_tokens(folder, s.split)
     layers = list(range(model.config.n_layer))
     is_packed = any(layer.frozen for layer in bit_linears(model))

@@ -251,9 +251,9 @@ def main(argv):
     require_arcee(model.config, s.type, last)
     name = os.path.basename(os.path.abspath(out_dir))
     path = os.path.join(out_dir, s.gguf)
+    tokenizer = get_tokenizer(*checkpoint.told(settings['meta'], 'tokenizer'))
     with checkpoint.atomic_write(path) as file:
-        write_gguf(file, metadata(model, get_tokenizer(settings['meta']['tokenizer']), name, s.type, last),
-                   list(tensors(model, s.type, last)))
+        write_gguf(file, metadata(model, tokenizer, name, s.type, last), list(tensors(model, s.type, last)))
     print(f'{path}: {os.path.getsize(path) / 1e6:.2f} MB, {last + 1} of {model.config.n_layer} blocks, {s.type}')
 
 

@@ -62,7 +62,7 @@ def main(argv):
         if model.config.linear == 'fp':
             raise UserError(f"{out_dir} holds a full-precision model (linear='fp'): it has no ternary weights to pack")
         model = to_ternary(model)
-    tokenizer = get_tokenizer(settings['meta']['tokenizer'])
+    tokenizer = get_tokenizer(*checkpoint.told(settings['meta'], 'tokenizer'))
 
     config = HFConfig(**model.settings(), weights=s.weights, auto_map={
         'AutoConfig': f'{CODE}.HFConfig', 'AutoModelForCausalLM': f'{CODE}.BitSkipForCausalLM'})
@@ -165,7 +165,7 @@ def last_merge(token, ranks):
 
 def measure_exits(model, settings):
     """Loss, PPL, bits per byte on the validation split and decoding speed at every exit: list of dicts."""
-    folder = prepare(*(settings[key] for key in ('dataset', 'tokenizer', 'source', 'data_dir')))
+    folder = prepare(*checkpoint.told(settings, *checkpoint.DATA))
     tokens, meta = load_tokens(folder, 'val'), load_meta(folder)
     layers = list(range(model.config.n_layer))
     print(f'measuring {len(layers)} exits on {len(tokens):,} tokens')

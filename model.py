@@ -76,7 +76,8 @@ class BitSkipConfig:
                 require(getattr(self, name) in get_args(hint),
                         f"{name} is one of {', '.join(map(repr, get_args(hint)))}, got {getattr(self, name)!r}")
         for name in ('vocab_size', 'block_size', 'n_layer', 'n_head', 'n_kv_head', 'n_embd', 'ffn_dim'):
-            require(getattr(self, name) >= 1, f'{name} is at least 1, got {getattr(self, name)}')
+            most = 2 ** 10 if name == 'n_layer' else 2 ** 20
+            require(1 <= getattr(self, name) <= most, f'{name} is 1 to {most}, got {getattr(self, name)}')
         require(self.n_embd % (2 * self.n_head) == 0,
                 f'n_embd={self.n_embd} must be n_head={self.n_head} times an even head size')
         require(self.n_head % self.n_kv_head == 0,

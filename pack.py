@@ -35,7 +35,7 @@ def main(argv):
     packed = to_ternary(model)
     checkpoint.save(small, contents | {'model': packed_state(packed), 'packed': True})
     settings = contents['settings']
-    tokens = load_tokens(prepare(*(settings[key] for key in ('dataset', 'tokenizer', 'source', 'data_dir'))), 'val')
+    tokens = load_tokens(prepare(*checkpoint.told(settings, *checkpoint.DATA)), 'val')
     for path, m in ((trained, model), (small, checkpoint.load_checkpoint(small)[0])):
         ppl = perplexity(evaluate(m, tokens)[-1])
         print(f'{path}: {os.path.getsize(path) / 1e6:.2f} MB, validation PPL {ppl:.4f}')

@@ -28,7 +28,7 @@ import configurator
 from checkpoint import atomic_write
 from configurator import UserError
 from corpora import open_corpus
-from tokenizer import get_tokenizer
+from tokenizer import get_tokenizer, vocabulary
 
 META = {'dataset': str, 'source': str, 'fingerprint': str, 'tokenizer': str, 'vocab_size': int, 'dtype': str,
         'splits': dict}
@@ -127,10 +127,11 @@ def load_meta(folder):
     try:
         with open(path, encoding='utf-8') as file:
             meta = json.load(file)
-        whole = (all(isinstance(meta[key], kind) for key, kind in META.items())
-                 and all(isinstance(count[key], int) for count in meta['splits'].values()
-                         for key in ('tokens', 'bytes', 'documents')))
-    except (ValueError, KeyError, TypeError):  # not JSON, keys missing, not an object
+        whole = (all(type(meta[key]) is kind for key, kind in META.items())
+                 and meta['vocab_size'] == vocabulary(meta['tokenizer'])
+                 and all(type(count[key]) is int and count[key] >= least for count in meta['splits'].values()
+                         for key, least in (('tokens', 2), ('bytes', 1), ('documents', 0))))
+    except (ValueError, KeyError, TypeError, RecursionError, UserError):  # not JSON, keys missing, not an object
         whole = False
     if not whole:
         raise UserError(f'{path} is damaged: re-run python prepare.py for this data set')

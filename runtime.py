@@ -20,6 +20,8 @@ def pick_device(name):
         name = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
     try:
         device = torch.device(name)
+        if device.type not in ('cpu', 'cuda', 'mps'):
+            raise RuntimeError('torch has more kinds of devices than we can train on')
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError):
         raise UserError(f"device '{name}' is not available here; --device=auto picks one that is") from None

@@ -66,7 +66,10 @@ def main(argv):
     prompt = read_prompt(s)
     out_dir = checkpoint.find_run(s.out_dir)
     model, settings = checkpoint.load_checkpoint(os.path.join(out_dir, s.checkpoint), device)
-    tokenizer = get_tokenizer(settings['meta']['tokenizer'])
+    tokenizer = get_tokenizer(*checkpoint.told(settings['meta'], 'tokenizer'))
+    if tokenizer.vocab_size != model.config.vocab_size:
+        raise UserError(f'{out_dir} has {model.config.vocab_size} tokens, its tokenizer {tokenizer.name} '
+                        f'{tokenizer.vocab_size}: they do not belong together')
 
     ids = list(tokenizer.encode(prompt)) or [tokenizer.eot]
     block_size = model.config.block_size

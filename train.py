@@ -76,6 +76,9 @@ class TrainSettings(BitSkipConfig):
         for name in ('batch_size', 'gradient_accumulation_steps', 'max_iters', 'eval_interval', 'log_interval'):
             if getattr(self, name) < 1:
                 raise ValueError(f'{name} is at least 1, got {getattr(self, name)}')
+        for name in ('beta1', 'beta2'):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f'{name} is at least 0 and below 1, got {getattr(self, name)}')
         for name in ('patience', 'learning_rate', 'min_lr', 'warmup_iters', 'decay_frac', 'weight_decay', 'grad_clip',
                      'seed'):
             if not getattr(self, name) >= 0:
@@ -126,6 +129,16 @@ def make_optimizer(model, s):
     matrices, vectors = [p for p in trained if p.dim() >= 2], [p for p in trained if p.dim() < 2]
     groups = [{'params': matrices, 'weight_decay': s.weight_decay}, {'params': vectors, 'weight_decay': 0.0}]
     return torch.optim.AdamW(groups, lr=s.learning_rate, betas=(s.beta1, s.beta2), fused=True)
+
+
+def load_optimizer(optimizer, saved):
+    """Take over the moments that the state_dict `saved` holds; learning rate, decay and betas follow the settings.
+    ValueError, or others, if they are not those of our parameters."""
+    optimizer.load_state_dict(saved | {'param_groups': optimizer.state_dict()['param_groups']})
+    for p, state in optimizer.state.items():
+        shapes = {name: moment.shape for name, moment in state.items()}
+        if shapes != {'step': (), 'exp_avg': p.shape, 'exp_avg_sq': p.shape}:
+            raise ValueError('its optimizer is for other parameters')
 
 
 class Interrupts:
@@ -202,6 +215,8 @@ class Run:
         """A new run. One that is in the folder already is moved aside, never overwritten."""
         out = Path(self.s.out_dir)
         if (out / 'ckpt.pt').exists() or (out / 'last.pt').exists():
+            if out.resolve() in (Path.cwd(), *Path.cwd().parents):
+                raise UserError(f'{out} holds a run, and you are inside it: choose another --out_dir')
             aside = next(p for n in range(1, 10 ** 6) if not (p := out.with_name(f'{out.name}.{n}')).exists())
             shutil.move(out, aside)
             print(f'{out} held an earlier run, which is now in {aside}')
@@ -225,21 +240,23 @@ class Run:
 
     def resume(self, saved):
         """Take over a state that `save` wrote, to go on from it bit-exactly."""
-        if saved['meta']['splits'] != self.meta['splits']:
+        if saved['meta'].get('splits') != self.meta['splits']:
             raise UserError(f'the data have changed since {self.path("last.pt")} was written, so the run cannot be '
                             'continued; start a new one, without --init_from=resume')
         try:
             self.model.load_state_dict(saved['model'])
-            self.optimizer.load_state_dict(saved['optimizer'])
-        except (RuntimeError, ValueError, KeyError) as error:
+            load_optimizer(self.optimizer, saved['optimizer'])
+            self.progress = {name: saved['progress'][name] for name in self.progress}
+            if min(self.progress.values()) < 0:
+                raise ValueError('less than nothing was done')
+        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f'{self.path("last.pt")} does not fit these settings '
                             f'({" ".join(str(error).split())[:120]})') from None
-        self.progress = saved['progress']
         if self.processes.is_main:  # forget what was logged after this state: it will be logged again
-            lines = Path(self.log_path).read_text().splitlines() if os.path.exists(self.log_path) else []
+            lines = Path(self.log_path).read_bytes().splitlines() if os.path.exists(self.log_path) else []
             kept = [line for line in lines if is_logged_by(line, self.progress)]
-            with checkpoint.atomic_write(self.log_path, 'w') as file:
-                file.writelines(line + '\n' for line in kept)
+            with checkpoint.atomic_write(self.log_path) as file:
+                file.writelines(line + b'\n' for line in kept)
 
     def save(self, name, with_optimizer):
         if self.processes.is_main:
@@ -269,27 +286,27 @@ class Run:
         self.bar = tqdm(total=s.max_iters, initial=progress['iter'], disable=None if self.processes.is_main else True,
                         bar_format='{n}/{total} |{bar:12}| {desc} ETA {remaining}', dynamic_ncols=True)
         self.clock = time.perf_counter() - progress['seconds']
-        with Interrupts() as interrupts:
+        with Interrupts() as self.interrupts:
             try:
                 while True:
                     done = progress['iter']
-                    is_last = done == s.max_iters
+                    is_last = done >= s.max_iters
                     if done > progress['last_eval'] and (is_last or done % s.eval_interval == 0):
                         self.evaluate_and_save()
                     if is_last or (s.patience and progress['bad_evals'] >= s.patience):
                         break
-                    self.step(interrupts)
+                    self.step()
             except KeyboardInterrupt:
-                self.bar.close()
-                with interrupts.held():
+                with self.interrupts.held():
+                    self.bar.close()
                     self.save('last.pt', with_optimizer=True)
-                self.say(f'\nstopped after {progress["iter"]} steps, nothing lost; the same command with '
-                         '--init_from=resume goes on')
+                    self.say(f'\nstopped after {progress["iter"]} steps, nothing lost; the same command with '
+                             '--init_from=resume goes on')
                 return False
         self.bar.close()
         return True
 
-    def step(self, interrupts):
+    def step(self):
         """One optimizer step, and its line in the log."""
         s, done, started = self.s, self.progress['iter'], time.perf_counter()
         losses = self.forward_backward(done)
@@ -298,18 +315,18 @@ class Run:
         lr = get_lr(done, s)
         for group in self.optimizer.param_groups:
             group['lr'] = lr
-        with interrupts.held():  # a step is taken and counted, or neither
+        tokens = s.gradient_accumulation_steps * s.batch_size * s.block_size
+        with self.interrupts.held():  # a step is taken, counted and logged, or nothing of it
             self.optimizer.step()
+            tokens_per_s = tokens / (time.perf_counter() - started)
             self.progress['iter'] += 1
             self.progress['seconds'] = time.perf_counter() - self.clock
-        tokens = s.gradient_accumulation_steps * s.batch_size * s.block_size
-        tokens_per_s = tokens / (time.perf_counter() - started)
+            if self.progress['iter'] % s.log_interval == 0:
+                self.log(iter=self.progress['iter'], **losses, lr=lr, grad_norm=grad_norm, tok_per_s=tokens_per_s,
+                         seconds=self.progress['seconds'])
         self.bar.set_description_str(f'loss {losses["ce"]:.3f} PPL {perplexity(losses["ce"]):.4g} '
                                      f'{tokens_per_s / 1000:.1f}k tok/s', refresh=False)
         self.bar.update()
-        if self.progress['iter'] % s.log_interval == 0:
-            self.log(iter=self.progress['iter'], **losses, lr=lr, grad_norm=grad_norm, tok_per_s=tokens_per_s,
-                     seconds=self.progress['seconds'])
 
     def forward_backward(self, step):
         """The gradient of one step into .grad; the losses, averaged over its micro-batches: dict of floats."""
@@ -350,14 +367,16 @@ class Run:
         with autocast(self.device, self.s.dtype):
             losses = evaluate(self.model, self.val_tokens, layers, self.s.batch_size, self.processes)
         loss = sum(losses) / len(losses)
-        progress['last_eval'] = progress['iter']
-        if loss < progress['val_loss']:
-            progress['val_loss'], progress['bad_evals'] = loss, 0
-            self.save('ckpt.pt', with_optimizer=False)
-        else:
-            progress['bad_evals'] += 1
-        self.save('last.pt', with_optimizer=True)
-        self.log(iter=progress['iter'], val_loss=loss, val_ppl=perplexity(loss), best=progress['val_loss'])
+        with self.interrupts.held():
+            progress['last_eval'] = progress['iter']
+            if loss < progress['val_loss']:
+                progress['val_loss'], progress['bad_evals'] = loss, 0
+                self.save('ckpt.pt', with_optimizer=False)
+            else:
+                progress['bad_evals'] += 1
+            # the line comes before the state that says it is there: of a run killed between, it is written again
+            self.log(iter=progress['iter'], val_loss=loss, val_ppl=perplexity(loss), best=progress['val_loss'])
+            self.save('last.pt', with_optimizer=True)
         if self.processes.is_main:
             self.bar.write(f'step {progress["iter"]}: {describe(loss, self.meta)}'
                       + (f', no better than {progress["val_loss"]:.4f}' if progress['bad_evals'] else ''))
@@ -371,10 +390,10 @@ def is_logged_by(line, progress):
     """Whether this line of log.jsonl belongs to a run at this point of its progress."""
     try:
         entry = json.loads(line)
-    except ValueError:  # half a line: the process was killed while writing it
+        limit = progress['last_eval'] if 'val_loss' in entry else progress['iter']
+        return entry.get('iter', 0) <= limit
+    except (ValueError, TypeError, AttributeError, RecursionError):  # half a line, of a killed process, or not ours
         return False
-    limit = progress['last_eval'] if 'val_loss' in entry else progress['iter']
-    return entry.get('iter', 0) <= limit
 
 
 def describe(loss, meta):
@@ -408,7 +427,7 @@ def read_settings(argv):
     From another run's model: that run's settings, then config files and flags on top."""
     names = [Path(arg).stem for arg in argv if arg.endswith('.py') and not arg.startswith('--')]
     default_out = os.path.join('out', '-'.join(names) or 'bitskip')
-    s = checked_settings(argv)
+    s = configure(TrainSettings, argv)
     s.out_dir = s.out_dir or default_out
     if s.init_from == 'scratch':
         return s, None
@@ -416,14 +435,8 @@ def read_settings(argv):
     saved = checkpoint.load(os.path.join(s.out_dir, 'last.pt') if resumes else os.path.join(s.init_from, 'ckpt.pt'))
     known = {field.name for field in fields(TrainSettings)}
     base = {key: value for key, value in saved['settings'].items() if key in known} | {'out_dir': s.out_dir}
-    return checked_settings([arg for arg in argv if not (resumes and arg.endswith('.py'))], base), saved
-
-
-def checked_settings(argv, base=None):
-    try:
-        return configure(TrainSettings, argv, base)
-    except ValueError as error:  # a value of the right type that no model can have
-        raise UserError(str(error)) from None
+    flags = [arg for arg in argv if not (resumes and arg.endswith('.py'))]
+    return configure(TrainSettings, flags, base), saved
 
 
 def main(argv):

@@ -22,7 +22,7 @@ def test_every_cell_is_a_command_line_of_train(name, scale, monkeypatch):
     table = TABLES[name]
     for label, arguments in table.cells.items():
         for run in [Run(arguments, 1e-3, 7, 650, scale), *ablate.swept_runs(table, label, scale)]:
-            settings = train.checked_settings(run.command())
+            settings = train.configure(train.TrainSettings, run.command())
             assert (settings.dataset == 'pydocs' and settings.max_iters == 650) == (scale == 'cpu')
 
 

@@ -310,7 +310,7 @@ def test_train_latent_ternarizes_afterwards(text):
     """The training loss is that of the latent weights; validation is on ternary ones, as always."""
     settings = dict(max_iters=1, gradient_accumulation_steps=1, p_max=0.0)
     train.main(flags(train_latent=True, **settings))
-    training = train.Run(train.checked_settings(flags(**settings)))
+    training = train.Run(train.configure(TrainSettings, flags(**settings)))
     train.seed_microbatch(7, 0, 0)
     idx, targets = train.get_batch(training.train_tokens, 2, 32, 'cpu')
     with latent_weights(training.model):
