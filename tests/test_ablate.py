@@ -90,11 +90,11 @@ def test_runs_are_done_once_resumed_and_shared(text, monkeypatch):  # noqa: F811
 
     step, stopped = train.Run.step, []
 
-    def interrupted_step(training, interrupts):
+    def interrupted_step(training):
         if training.progress['iter'] == 3 and not stopped:
             stopped.append(True)
             raise KeyboardInterrupt
-        step(training, interrupts)
+        step(training)
     monkeypatch.setattr(train.Run, 'step', interrupted_step)
     assert not ablate.train_all([tiny], 'paper', 1, compile=False)
     assert run.result() is None and (run.out_dir / 'last.pt').exists()
