@@ -72,6 +72,26 @@ def machine():
     return f'{torch.cuda.get_device_name() if torch.cuda.is_available() else cpu}, torch {torch.__version__}'
 
 
+def metrics_board(name, out_dir, settings, step):
+    """A function of dicts of metrics, 'iter' among them, that shows them in 'tensorboard', 'wandb' (Weights & Biases)
+    or nowhere ('none'). What a board shows of later steps than `step` belongs to a run that was killed, and goes."""
+    if name == 'tensorboard':
+        from torch.utils.tensorboard import SummaryWriter
+        writer = SummaryWriter(out_dir, purge_step=step + 1)
+
+        def show(metrics):
+            for key, value in metrics.items():
+                writer.add_scalar(key, value, metrics['iter'])
+            writer.flush()
+        return show
+    if name == 'wandb':
+        import wandb
+        board = wandb.init(project='bitskip', name=os.path.basename(out_dir), dir=out_dir, config=settings,
+                           resume='auto')
+        return lambda metrics: board.log(metrics, step=metrics['iter'])
+    return lambda metrics: None
+
+
 class Processes:
     """The processes that train together: one, or those that torchrun started (gloo on CPU, nccl on CUDA)."""
 

@@ -20,6 +20,7 @@ import time
 import warnings
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
@@ -35,7 +36,7 @@ from exits import curriculum_weights, exit_weights, ramp
 from model import BitSkip, BitSkipConfig
 from prepare import default_tokenizer, load_meta, load_tokens, prepare
 from quant import int8_support, latent_weights
-from runtime import Processes, autocast, keep_freed_memory, pick_device, pick_dtype
+from runtime import Processes, autocast, keep_freed_memory, metrics_board, pick_device, pick_dtype
 from tokenizer import vocabulary
 
 
@@ -54,6 +55,7 @@ class TrainSettings(BitSkipConfig):
     max_iters: int = 10000  # steps at most
     eval_interval: int = 100  # steps between evaluations, which also save
     log_interval: int = 10  # steps between lines in log.jsonl
+    log_to: Literal['none', 'tensorboard', 'wandb'] = 'none'  # show the lines of log.jsonl there, too
     patience: int = 3  # stop after so many evaluations without improvement; 0: never
     learning_rate: float = 6e-4  # the peak
     min_lr: float = 0.0  # at the end
@@ -76,6 +78,9 @@ class TrainSettings(BitSkipConfig):
         for name in ('batch_size', 'gradient_accumulation_steps', 'max_iters', 'eval_interval', 'log_interval'):
             if getattr(self, name) < 1:
                 raise ValueError(f'{name} is at least 1, got {getattr(self, name)}')
+        if self.log_to != 'none' and find_spec(self.log_to) is None:
+            raise ValueError(f'--log_to={self.log_to} needs a package: pip install {self.log_to}; without it '
+                             'log.jsonl has the same metrics')
         for name in ('beta1', 'beta2'):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f'{name} is at least 0 and below 1, got {getattr(self, name)}')
@@ -270,6 +275,7 @@ class Run:
         if self.processes.is_main:
             with open(self.log_path, 'a') as file:
                 file.write(json.dumps(metrics) + '\n')
+            self.show(metrics)
 
     # -- training
 
@@ -285,6 +291,8 @@ class Run:
             self.module = DistributedDataParallel(self.model, find_unused_parameters=True)
         self.bar = tqdm(total=s.max_iters, initial=progress['iter'], disable=None if self.processes.is_main else True,
                         bar_format='{n}/{total} |{bar:12}| {desc} ETA {remaining}', dynamic_ncols=True)
+        board = s.log_to if self.processes.is_main else 'none'
+        self.show = metrics_board(board, s.out_dir, asdict(s), progress['iter'])
         self.clock = time.perf_counter() - progress['seconds']
         with Interrupts() as self.interrupts:
             try:

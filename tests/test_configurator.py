@@ -148,6 +148,10 @@ def test_wrong_flags(argv, expected):
     ('dtype = "float16"', "dtype: expected one of 'float32', 'bfloat16', got 'float16'"),
     ('top_k = "5"', "top_k: expected a whole number or None, got '5'"),
     ('n_embd = [4]', 'n_embd: expected a whole number, got [4]'),
+    ('n_embd = [10 ** 5000]', 'n_embd: expected a whole number, got a number of thousands of digits'),
+    ('n_embd = 10 ** 5000', 'n_embd: a whole number has 63 bits here, this one 16610'),
+    ('rate = 10 ** 5000', 'rate: a whole number has 63 bits here'),
+    ('name = "a\\0"', "name: expected a string, got 'a\\x00'"),
     ('n_embd = (4', 'SyntaxError'), ('n_embd = 1 / 0', 'ZeroDivisionError'),
     ('n_embd = width', "name 'width' is not defined"), ('raise SystemError("no")', 'no')])
 def test_wrong_config_files(config, line, expected):

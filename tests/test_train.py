@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -180,6 +181,48 @@ def test_micro_batches_follow_from_seed_step_and_number_alone(text):
     assert torch.equal(draw(3, 1, before=0), draw(3, 1, before=5))
     others = [draw(step, micro, before=0) for step in range(20) for micro in range(4)]
     assert len({tuple(other.tolist()) for other in others}) == 80
+
+
+class Board:
+    """In the place of a package: what train.py showed it."""
+
+    def __init__(self, **options):
+        self.options, self.shown = options, []
+
+    def log(self, metrics, step):
+        self.shown.append((step, metrics))
+
+
+def test_log_to_shows_the_lines_of_the_log(text, monkeypatch):
+    boards = []
+    monkeypatch.setattr(train, 'find_spec', lambda name: name == 'wandb')
+    monkeypatch.setitem(sys.modules, 'wandb', SimpleNamespace(
+        init=lambda **options: boards.append(Board(**options)) or boards[-1]))
+    train.main(flags(max_iters=4, log_to='wandb'))
+    assert boards[0].options['config']['log_to'] == 'wandb' and boards[0].options['name'] == 'run'
+    assert boards[0].shown == [(entry['iter'], entry) for entry in log()[1:]]
+
+
+def test_log_to_tensorboard_shows_each_step_once_after_a_resume(text):
+    pytest.importorskip('tensorboard')
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    train.main(flags(max_iters=8, log_to='tensorboard'))
+    saved = checkpoint.load('out/run/last.pt')
+    saved['progress'] |= {'iter': 4, 'last_eval': 4}  # as if the run had been killed after step 8
+    checkpoint.save('out/run/last.pt', saved)
+    train.main(flags(max_iters=8, log_to='tensorboard', init_from='resume'))
+    board = EventAccumulator('out/run').Reload()
+    for name in ('ce', 'val_loss'):
+        logged = [(entry['iter'], entry[name]) for entry in log() if name in entry]
+        assert [(event.step, event.value) for event in board.Scalars(name)] == [
+            (step, pytest.approx(value)) for step, value in logged]
+
+
+def test_log_to_a_package_that_is_not_there(text, monkeypatch):
+    monkeypatch.setattr(train, 'find_spec', lambda name: None)
+    with pytest.raises(UserError, match='--log_to=wandb needs a package: pip install wandb; without it log.jsonl'):
+        train.main(flags(log_to='wandb'))
+    assert not os.path.exists('out/run')
 
 
 def test_patience_stops_a_run_that_does_not_improve(text):
