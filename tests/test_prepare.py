@@ -459,12 +459,13 @@ def test_load_meta_errors(tmp_path):
     with user_error('no prepared data set in .*: run python prepare.py'):
         load_meta(str(tmp_path))
     whole = {'dataset': 'd', 'source': 's', 'fingerprint': 'f', 'tokenizer': 'bytes', 'vocab_size': 256,
-             'dtype': 'uint16', 'splits': {'train': {'tokens': 1, 'bytes': 1, 'documents': 1}}}
+             'dtype': 'uint16', 'splits': {'train': {'tokens': 2, 'bytes': 1, 'documents': 1}}}
     write(tmp_path, {'meta.json': json.dumps(whole)})
     assert load_meta(str(tmp_path)) == whole
     for damaged in (b'', b'{', b'\xff', b'[]', b'null', b'3', json.dumps(whole | {'splits': [1]}),
                     json.dumps(whole | {'vocab_size': '256'}), json.dumps(whole | {'splits': {'train': 3}}),
-                    json.dumps(whole | {'splits': {'train': {'tokens': 1}}}),
+                    json.dumps(whole | {'splits': {'train': {'tokens': 2}}}),
+                    json.dumps(whole | {'splits': {'train': {'tokens': 1, 'bytes': 1, 'documents': 1}}}),
                     *(json.dumps({k: v for k, v in whole.items() if k != key}) for key in whole)):
         write(tmp_path, {'meta.json': damaged})
         with user_error('meta.json is damaged: re-run python prepare.py'):
