@@ -245,7 +245,7 @@ def setting(rng):
         (eval_exits.main, eval_exits.EvalSettings, []), (pack.main, pack.PackSettings, []),
         (export_gguf.main, export_gguf.ExportSettings, []),
         (prepare.main, prepare.Settings, ['--dataset=text.txt', '--tokenizer=bytes'])])
-    long_work = {'max_iters', 'max_new_tokens', 'speculate', 'compile'}  # a user may want to wait
+    long_work = {'max_iters', 'gradient_accumulation_steps', 'max_new_tokens', 'speculate', 'compile'}  # on purpose
     name = rng.choice([name for name in typing.get_type_hints(kind) if name not in long_work])
     return main, flags, name
 
