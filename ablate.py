@@ -88,15 +88,20 @@ TABLES = {
         rates=RATES[:1]),
     'ingredients': Table('what exits do to the model that they are trained with, one change at a time', {
         'H-only': 'config/bitskip_h.py', "Paper A's recipe": 'config/bitskip_h_ee.py'} | {
-        label: f'config/bitskip_h_ee.py --p_max=0 {flags}'.strip() for label, flags in {
+        label: ' '.join(['config/bitskip_h_ee.py'] + ['--p_max=0'] * ('--p_max' not in flags) + flags.split())
+        for label, flags in {
             'no layer skipping': '',
             'late exits weigh more': '--ee_weighting=late',
             'sampled positions': '--ee_positions=sampled',
             'exits in turn': '--ee_curriculum=rotational',
+            'gentle skipping': '--ee_positions=sampled --p_max=0.2',
+            'gentle skipping, of the last block too': '--ee_positions=sampled --p_max=0.2 --skip_last=True',
+            'adapters': '--ee_positions=sampled --ee_adapter=16',
             'head detached': '--ee_positions=sampled --ee_detach_head=True',
             'half distilled': '--ee_positions=sampled --ee_distill=0.5',
             'head detached, half distilled': '--ee_positions=sampled --ee_detach_head=True --ee_distill=0.5',
-            'adapters': '--ee_positions=sampled --ee_detach_head=True --ee_adapter=16',
+            'head detached, adapters': '--ee_positions=sampled --ee_detach_head=True --ee_adapter=16',
+            'λ 1, late exits weigh more': '--ee_positions=sampled --lambda_ee=1 --ee_weighting=late',
             'λ 0.1': '--ee_positions=sampled --lambda_ee=0.1',
             'λ 1': '--ee_positions=sampled --lambda_ee=1',
             'λ from 0.6 to 0': '--ee_positions=sampled --lambda_ee=0.6 --ee_ramp=down',

@@ -222,7 +222,29 @@ def step_with_exits(model, idx, cache, last, mode, threshold):
 
 
 def exit_score(model, h, layer, mode):
-    """How ready the states h (B, C) after block `layer` are to leave: (B,) in [0, 1], to hold against a threshold."""
+    """How ready the states h (..., C) after block `layer` are to leave, held against a threshold: (...) in [0, 1]."""
     if mode == 'gate':
         return model.gates[layer](h)  # A6
     return F.softmax(model.head(model.exit_state(h, layer)).float(), dim=-1).amax(dim=-1)  # CALM
+
+
+@torch.no_grad()
+def exit_states(model, idx, mode, threshold):
+    """What `step_with_exits` computes token by token, for whole texts at once: idx (B, T) int64 -> what the head reads
+    of each token (B, T, C), and the layer that it left at (B, T) int64.
+
+    A token that has left keeps its state, and every block takes its keys and values from that. So one pass through the
+    blocks in their order is enough, as in training; nothing is saved, but what would be can be counted."""
+    last = model.config.n_layer - 1
+    h, rope = model.embedding(idx), model.rope(0, idx.shape[1])
+    layers = torch.full(idx.shape, last, device=idx.device)
+    inside = torch.ones_like(idx, dtype=torch.bool)
+    for layer, block in enumerate(model.blocks):
+        h = torch.where(inside[..., None], block(h, rope), h)
+        if layer < last:
+            leaving = inside & (exit_score(model, h, layer, mode) > threshold)
+            layers[leaving], inside = layer, inside & ~leaving
+    out = torch.empty_like(h)
+    for layer in layers.unique().tolist():
+        out[layers == layer] = model.exit_state(h[layers == layer], layer)
+    return out, layers

@@ -47,14 +47,16 @@ def ramp(kind, step, max_iters):
     return {'none': 1.0, 'up': done, 'down': 1 - done}[kind]
 
 
-def skip_probabilities(n_layer, p_max, schedule='quadratic', normalize=False):
-    """Probability of skipping each block in training: list of L floats, the last one 0 (A5, B2).
+def skip_probabilities(n_layer, p_max, schedule='quadratic', normalize=False, skip_last=False):
+    """Probability of skipping each block in training: list of L floats, the last one 0 without skip_last (A5, B2).
 
     schedule: with t = l / (L-1), p_l is p_max times t^2 ('quadratic'), t ('linear'), 2^t - 1 ('exp', as LayerSkip) or
     1 ('uniform'). normalize: scale so that they sum to 1, one skipped block per sample on average (B section 3.3)."""
     curve = {'quadratic': lambda t: t ** 2, 'linear': lambda t: t, 'exp': lambda t: 2 ** t - 1,
              'uniform': lambda t: 1.0}[schedule]
-    p = [p_max * curve(layer / (n_layer - 1)) for layer in range(n_layer - 1)] + [0.0]
+    p = [p_max * curve(layer / max(1, n_layer - 1)) for layer in range(n_layer)]
+    if not skip_last:
+        p[-1] = 0.0
     if normalize and sum(p) > 0:
         p = [p_l / sum(p) for p_l in p]
     return p

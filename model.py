@@ -58,6 +58,7 @@ class BitSkipConfig:
     p_max: float = 0.0  # layer skipping: the largest probability (A5); 0.7 in Paper A, 0.5 in Paper B
     skip_schedule: Literal['quadratic', 'linear', 'exp', 'uniform'] = 'quadratic'  # growth over depth (A5)
     skip_normalize: bool = False  # scale the probabilities to sum 1 (Paper B, section 3.3)
+    skip_last: bool = False  # the last block is skipped, too: then full depth's own loss trains the exits before it
     lambda_q: float = 0.05  # weight of the quantization loss (A8)
     lambda_r: float = 0.2  # weight of the routing loss (A9)
     gate_loss: Literal['cost', 'agreement'] = 'cost'  # gates learn a mean exit (A9), or if an exit agrees with the last
@@ -229,7 +230,7 @@ class BitSkip(nn.Module):
         n_adapters = config.n_layer - 1 if config.ee_adapter else 0
         self.adapters = nn.ModuleList(Adapter(config.n_embd, config.ee_adapter) for _ in range(n_adapters))
         self.skip_probabilities = skip_probabilities(
-            config.n_layer, config.p_max, config.skip_schedule, config.skip_normalize)
+            config.n_layer, config.p_max, config.skip_schedule, config.skip_normalize, config.skip_last)
         cos, sin = rope_table(config.n_embd // config.n_head, config.block_size, config.rope_theta)
         self.register_buffer('rope_cos', cos, persistent=False)
         self.register_buffer('rope_sin', sin, persistent=False)

@@ -142,6 +142,31 @@ def test_a6_exits_leave_no_holes_in_the_cache(make_model, tokens, run, linear, m
             assert_near(logits[row], slow_logits[2:], 1e-5 if linear == 'fp' else 0.01)
 
 
+@pytest.mark.parametrize('linear', KINDS)
+@pytest.mark.parametrize('mode, threshold', [('gate', 0.45), ('confidence', 0.2)])
+@pytest.mark.parametrize('settings', [{}, {'exit_norm': 'none'}, {'ee_adapter': 3}], ids=str)
+def test_a6_whole_texts_leave_as_their_tokens_do(make_model, tokens, linear, mode, threshold, settings):
+    """Counting exits in one pass over a text gives the layers and logits that decoding it step by step gives."""
+    model, idx = make_model(linear=linear, n_layer=4, **settings), tokens(6, 16)
+    states, layers = decode.exit_states(model, idx, mode, threshold)
+    assert len(layers.unique()) > 1
+    decoder = decode.Decoder(model, len(idx))
+    for t in range(16):
+        logits, left_at = decoder.step(idx[:, t:t + 1], exit_mode=mode, exit_threshold=threshold)
+        assert torch.equal(left_at, layers[:, t])
+        assert_near(model.head(states[:, t]), logits, 1e-5 if linear == 'fp' else 0.01)
+
+
+@pytest.mark.parametrize('mode', ['gate', 'confidence'])
+def test_a6_whole_texts_leave_causally(make_model, tokens, mode):
+    """Changing a token changes neither the exits nor the logits of those before it, to the last bit."""
+    model, idx = make_model(linear='hbitlinear', n_layer=4), tokens(3, 16)
+    changed = idx.clone()
+    changed[:, 9] = (idx[:, 9] + 1) % 31
+    for a, b in zip(decode.exit_states(model, idx, mode, 0.4), decode.exit_states(model, changed, mode, 0.4)):
+        assert torch.equal(a[:, :9], b[:, :9]) and not torch.equal(a, b)
+
+
 @pytest.mark.parametrize('mode', ['gate', 'confidence'])
 def test_a6_a_threshold_of_one_is_full_depth(make_model, tokens, run, mode):
     model, idx = make_model(), tokens(3, 5)

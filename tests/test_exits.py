@@ -69,6 +69,7 @@ def test_a5_skip_probabilities_by_hand(schedule, expected):
     assert skip_probabilities(5, 0.7, schedule) == pytest.approx(expected)
     normalized = skip_probabilities(5, 0.7, schedule, normalize=True)
     assert normalized == pytest.approx([p / sum(expected) for p in expected])
+    assert skip_probabilities(5, 0.7, schedule, skip_last=True) == pytest.approx([*expected[:-1], 0.7])
 
 
 @pytest.mark.parametrize('schedule', ['quadratic', 'linear', 'exp', 'uniform'])

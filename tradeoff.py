@@ -1,0 +1,119 @@
+"""
+Quality against compute: what it saves to run fewer blocks, and what it costs.
+
+    python tradeoff.py                                                the newest run
+    python tradeoff.py --out_dir=out/... --json=results/tradeoff/NAME.json
+
+Three ways to leave early, each with a knob, are set beside full depth:
+
+    fixed         every token leaves after block k
+    confidence    a token leaves where the likeliest next token has a probability over the threshold (CALM)
+    gate          a token leaves where its gate says so (A6); gates that learned to foresee whether the exit's choice is
+                  already that of the last layer (gate_loss='agreement') can know, those trained for a mean depth (A9)
+                  cannot
+
+For each setting of the knob: blocks run per token (the mean), PPL, and in how many places the likeliest token is the
+one of full depth. Every token is predicted once, from the true text before it, whose tokens left by the same rule and
+are seen by the blocks above with the state that they left with (decode.exit_states), as in decoding. Deciding costs
+something, too, which blocks do not show: confidence reads the head at each exit, a gate 2% of a block (Paper A).
+"""
+import json
+import os
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+
+import checkpoint
+from configurator import configure, run
+from decode import exit_states
+from eval_exits import ROWS, perplexity, table, windows
+from prepare import load_tokens, prepare
+from runtime import commit, keep_freed_memory, machine, pick_device
+
+THRESHOLDS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
+
+
+@torch.no_grad()
+def measure(model, tokens, thresholds=THRESHOLDS, batch_size=16):
+    """Every knob's every setting over all of `tokens` (uint16): a list of dicts with way, knob, blocks, loss (nats per
+    token) and agreement (a share)."""
+    model.eval()
+    n_layer = model.config.n_layer
+    ways = [('fixed', layer) for layer in range(n_layer)]
+    ways += [(way, t) for way in ('confidence', 'gate')[:2 if model.gates else 1] for t in thresholds]
+    sums = torch.zeros(len(ways), 3, dtype=torch.float64)  # of blocks, loss, agreements
+    for idx, targets in windows(tokens, model.config.block_size, batch_size):
+        idx, targets = idx.to(model.device), targets.to(model.device)
+        all_states = list(model.hidden_states(idx))
+        full = torch.cat([model.head(h).argmax(dim=-1) for h in model.norm(all_states[-1]).flatten(0, 1).split(ROWS)])
+        for row, (way, knob) in zip(sums, ways):
+            if way == 'fixed':
+                states, layers = model.exit_state(all_states[knob], knob), torch.full_like(idx, knob)
+            else:
+                states, layers = exit_states(model, idx, way, knob)
+            row[0] += (layers + 1).sum().item()
+            for h, target, choice in zip(*(x.split(ROWS) for x in (states.flatten(0, 1), targets.flatten(), full))):
+                logits = model.head(h).float()
+                row[1] += F.cross_entropy(logits, target, reduction='sum').item()
+                row[2] += (logits.argmax(dim=-1) == choice).sum().item()
+    sums /= len(tokens) - 1
+    return [{'way': way, 'knob': knob, 'blocks': blocks, 'loss': loss, 'agreement': agreement}
+            for (way, knob), (blocks, loss, agreement) in zip(ways, sums.tolist())]
+
+
+def at_compute(points, way, blocks):
+    """The loss of `way` at so many blocks a token, between the two measured points that enclose them; None outside."""
+    curve = sorted((p['blocks'], p['loss']) for p in points if p['way'] == way)
+    for (x0, y0), (x1, y1) in zip(curve, curve[1:]):
+        if x0 <= blocks <= x1:
+            return y0 + (y1 - y0) * (blocks - x0) / max(x1 - x0, 1e-9)
+    return None
+
+
+def print_points(points, n_layer):
+    full = next(p['loss'] for p in points if p['way'] == 'fixed' and p['knob'] == n_layer - 1)
+    table('Quality against compute', ['way', 'layer or threshold', 'blocks', 'PPL', 'of full depth', 'same choice'],
+          [[p['way'], p['knob'], p['blocks'], perplexity(p['loss']), perplexity(p['loss'] - full), p['agreement']]
+           for p in points])
+    for way in dict.fromkeys(p['way'] for p in points):
+        loss = at_compute(points, way, 0.7 * n_layer)
+        if loss is not None:
+            print(f'{way}, 30% fewer blocks: PPL {perplexity(loss - full):.3f} x full depth')
+
+
+@dataclass
+class TradeoffSettings:
+    """Measures quality against compute for every way of leaving early."""
+    out_dir: str = ''  # the run; empty: the newest
+    checkpoint: str = 'ckpt.pt'  # the file in its folder: the best model, or packed.pt
+    split: Literal['val', 'test', 'train'] = 'val'  # of the run's own data set
+    max_tokens: int = 100_000  # of the split, from its beginning; 0: all
+    device: str = 'auto'  # auto, cpu, cuda, cuda:1, mps
+    json: str = ''  # where to write the figures; empty: tradeoff.json in the run's folder
+
+    def __post_init__(self):
+        if self.max_tokens < 0 or self.max_tokens == 1:
+            raise ValueError(f'max_tokens is 0 (all) or at least 2, got {self.max_tokens}')
+
+
+def main(argv):
+    s = configure(TradeoffSettings, argv)
+    keep_freed_memory()
+    out_dir = checkpoint.find_run(s.out_dir)
+    model, settings = checkpoint.load_checkpoint(os.path.join(out_dir, s.checkpoint), pick_device(s.device))
+    tokens = load_tokens(prepare(*checkpoint.told(settings, *checkpoint.DATA)), s.split)
+    tokens = tokens[:s.max_tokens or None]
+    points = measure(model, tokens)
+    print_points(points, model.config.n_layer)
+    path = s.json or os.path.join(out_dir, 'tradeoff.json')
+    report = {'run': os.path.basename(os.path.normpath(out_dir)), 'commit': commit(), 'machine': machine(),
+              'split': s.split, 'tokens': len(tokens), 'n_layer': model.config.n_layer, 'points': points}
+    with checkpoint.atomic_write(path, 'w') as file:
+        json.dump(report, file, indent=1)
+    print(f'\nwritten: {path}')
+
+
+if __name__ == '__main__':
+    run(main)
