@@ -18,7 +18,7 @@ import json
 import math
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -46,6 +46,7 @@ class Table:
     seeds: int = 1  # at most: how many the question is worth
     steps: int = SHORT  # of the runs that are compared; rates are always compared at SHORT
     rates: tuple = RATES
+    on: dict = field(default_factory=dict)  # {label: label of the cell whose finished model it starts from}
 
 
 FACTORIAL = {'Baseline': 'config/baseline.py', 'H-only': 'config/bitskip_h.py', 'EE-only': 'config/bitskip_ee.py',
@@ -106,6 +107,10 @@ TABLES = {
             'λ 1': '--ee_positions=sampled --lambda_ee=1',
             'λ from 0.6 to 0': '--ee_positions=sampled --lambda_ee=0.6 --ee_ramp=down',
             'λ from 0 to 0.6': '--ee_positions=sampled --lambda_ee=0.6 --ee_ramp=up'}.items()}, rates=RATES[:1]),
+    'compose': Table('Hadamard and exits, composed', {
+        'H-only': 'config/bitskip_h.py', "Paper A's recipe": 'config/bitskip_h_ee.py',
+        'A: exits on a finished model': 'config/compose_frozen.py', 'B: joint training': 'config/compose.py'},
+        seeds=5, steps=FULL, rates=RATES[:2], on={'A: exits on a finished model': 'H-only'}),
     'B': Table("Paper B's variants in both phases", {
         f'{name}, phase {phase}': f'config/{config}.py{" config/phase1.py" if phase == 1 else ""} {NARROW}'
         for name, config in (('V1', 'tinystories_v1'), ('V2', 'tinystories_v2'), ('V3', 'tinystories_v3'),
@@ -118,25 +123,32 @@ TABLES = {
 
 @dataclass(frozen=True)
 class Run:
-    """One training: a cell's arguments, a learning rate (None: the config's own) and a seed, at a scale."""
+    """One training: a cell's arguments, a learning rate (None: the config's own) and a seed, at a scale, from scratch or
+    on the model of another run."""
     arguments: str
     rate: float | None
     seed: int
     steps: int
     scale: str
+    base: 'Run | None' = None
 
     def command(self):
         words = self.arguments.split()
         configs = [word for word in words if word.endswith('.py')] + ['config/cpu.py'] * (self.scale == 'cpu')
         flags = [word for word in words if not word.endswith('.py')]
+        if self.rate is not None:
+            flags += [f'--learning_rate={self.rate:g}']
         if self.scale == 'cpu':
-            flags += [f'--learning_rate={self.rate:g}', f'--max_iters={self.steps}', f'--eval_interval={self.steps}']
+            flags += [f'--max_iters={self.steps}', f'--eval_interval={self.steps}']
+        if self.base:
+            flags += [f'--init_from={self.base.out_dir}']
         return configs + flags + [f'--seed={self.seed}']
 
     @property
     def name(self):
         words = [Path(word).stem if word.endswith('.py') else word.removeprefix('--') for word in self.command()]
-        return '-'.join(word for word in words if word != 'cpu' and not word.startswith('eval_interval'))
+        words = [word for word in words if word != 'cpu' and not word.startswith(('eval_interval', 'init_from'))]
+        return '-'.join(words + (['on', self.base.name] if self.base else []))
 
     @property
     def path(self):
@@ -162,12 +174,15 @@ def loss_of(result):
 
 def swept_runs(table, label, scale):
     """The runs that find a cell's learning rate."""
-    rates = table.rates if scale == 'cpu' else ()
+    rates = table.rates if scale == 'cpu' and label not in table.on else ()
     return [Run(table.cells[label], rate, SEEDS[0], SHORT, scale) for rate in rates]
 
 
 def compared_runs(table, label, scale, n_seeds):
     """The runs of a cell that its table compares: one a seed, at the best rate. [] while that is not known."""
+    if label in table.on:
+        bases = compared_runs(table, table.on[label], scale, n_seeds)
+        return [Run(table.cells[label], None, base.seed, SHORT, scale, base) for base in bases if base.result()]
     sweep = swept_runs(table, label, scale)
     results = [run.result() for run in sweep]
     if None in results:

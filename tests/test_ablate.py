@@ -64,6 +64,21 @@ def test_paper_scale_takes_the_configs_own_rate(table):
         ['config/baseline.py', '--seed=7'], ['config/baseline.py', '--seed=8']]
 
 
+def test_a_cell_on_a_finished_model_waits_for_it(table):
+    """It starts from the model of the same seed, at its config's own rate, once that is there."""
+    table.on['b'] = 'a'
+    assert ablate.swept_runs(table, 'b', 'cpu') == []
+    for run in ablate.swept_runs(table, 'a', 'cpu'):
+        assert ablate.compared_runs(table, 'b', 'cpu', 3) == []
+        fake_result(run, 2.0)
+    base = ablate.compared_runs(table, 'a', 'cpu', 3)[1]
+    fake_result(base, 1.5)
+    (run,) = ablate.compared_runs(table, 'b', 'cpu', 3)
+    assert (run.seed, run.steps) == (8, ablate.SHORT) and run.name.endswith(f'-on-{base.name}')
+    assert f'--init_from={base.out_dir}' in run.command()
+    assert not any(word.startswith('--learning_rate') for word in run.command())
+
+
 def test_table_says_what_was_measured(table, monkeypatch):
     """Mean and standard deviation of the PPL of the seeds, and the ratio of the means."""
     monkeypatch.setitem(tables.MAKE, 'two', tables.plain('two'))
