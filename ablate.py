@@ -123,8 +123,8 @@ TABLES = {
 
 @dataclass(frozen=True)
 class Run:
-    """One training: a cell's arguments, a learning rate (None: the config's own) and a seed, at a scale, from scratch or
-    on the model of another run."""
+    """One training: a cell's arguments, a learning rate (None: the config's own) and a seed, at a scale, from scratch
+    or on the model of another run."""
     arguments: str
     rate: float | None
     seed: int

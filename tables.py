@@ -1,5 +1,5 @@
 """
-The papers' tables and figures, made from what ablate.py measured (results/SCALE/*.json), as Markdown and PNG.
+The papers' tables, made from what ablate.py measured (results/SCALE/*.json), as Markdown. Their figures: plots.py.
 
     python tables.py                        print all that can be made from the results there are
     python tables.py --readme=True          write them into the README, between <!-- table: NAME --> and <!-- end -->
@@ -21,7 +21,6 @@ from ablate import RATES, SEEDS, TABLES, compared_runs, loss_of, swept_runs
 from configurator import configure, run
 
 README = Path('README.md')
-COLORS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000')  # safe for the colour-blind
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -196,58 +195,11 @@ def update(text, scale='cpu'):
     return re.sub(r'<!-- table: (\S+) -->\n.*?<!-- end -->', replace, text, flags=re.DOTALL)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# plots
-
-def band(axes, x, curves, color, label, **style):
-    """The mean of some curves, and the range that they span."""
-    axes.plot(x, [statistics.mean(values) for values in zip(*curves)], color=color, label=label, **style)
-    axes.fill_between(x, [min(values) for values in zip(*curves)], [max(values) for values in zip(*curves)],
-                      color=color, alpha=0.2, linewidth=0)
-
-
-def smooth(curve, n=5):
-    """Means of n neighbours: a step's loss is that of a few sentences, and noisy."""
-    return [statistics.mean(curve[i:i + n]) for i in range(0, len(curve) - n + 1, n)]
-
-
-def plot(scale, path):
-    """Loss curves, exits, activation spread and weights of Paper A's four cells, as one PNG."""
-    import matplotlib
-    matplotlib.use('Agg')
-    import matplotlib.pyplot as plt
-    cells = results('A2', scale)
-    figure, ((losses, exits), (spread, weights)) = plt.subplots(2, 2, figsize=(10, 7), constrained_layout=True)
-    for (label, several), color in zip(cells.items(), COLORS):
-        steps = smooth([step for step, _ in several[0]['train']])
-        band(losses, steps, [smooth([loss for _, loss in r['train']]) for r in several], color, label)
-        layers = range(len(several[0]['exits']))
-        band(exits, layers, [[ppl(loss - r['exits'][-1]) for loss in r['exits']] for r in several], color, label)
-        band(spread, layers, [r['activation_std'] for r in several], color, label)
-        if several[-1].get('histogram'):
-            ratio = [-2.95 + 0.1 * i for i in range(60)]
-            weights.step(ratio, several[-1]['histogram'], where='mid', color=color, label=label)
-    exits.semilogy(range(len(papers.A5)), [value / papers.A5[-1] for value in papers.A5], 'k--', label='Paper A, H+EE')
-    for threshold in (-0.5, 0.5):
-        weights.axvline(threshold, color='grey', linestyle=':')
-    losses.set(title='Training loss', xlabel='step', ylabel='nats per byte', ylim=(None, 3.5))
-    exits.set(title='Perplexity at each exit, relative to full depth', xlabel='exit layer', ylabel='×')
-    spread.set(title='Spread of the activations (B Fig. 1)', xlabel='layer', ylabel='standard deviation of h')
-    weights.set(title='Latent weights and the thresholds of A1', xlabel='w / α', ylabel='share')
-    for axes in (losses, exits, spread, weights):
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
-    with checkpoint.atomic_write(path) as file:
-        figure.savefig(file, format='png', dpi=90)
-    plt.close(figure)
-
-
 @dataclass
 class TablesSettings:
-    """Makes the papers' tables and figures from what ablate.py measured."""
+    """Makes the papers' tables from what ablate.py measured."""
     scale: Literal['cpu', 'paper'] = 'cpu'  # whose results
     readme: bool = False  # write the tables into README.md, too
-    plot: str = ''  # write the figures to this PNG
 
 
 def main(argv):
@@ -255,8 +207,6 @@ def main(argv):
     for name in MAKE:
         if text := markdown(name, s.scale):
             print(f'\n{name}: {TITLES.get(name) or TABLES[name].title}\n{text}')
-    if s.plot:
-        plot(s.scale, s.plot)
     if s.readme:
         text = update(README.read_text(), s.scale)
         with checkpoint.atomic_write(README, 'w') as file:

@@ -12,10 +12,16 @@ Three ways to leave early, each with a knob, are set beside full depth:
                   already that of the last layer (gate_loss='agreement') can know, those trained for a mean depth (A9)
                   cannot
 
+and one that changes nothing but the time:
+
+    drafts        block k drafts, all blocks check (speculate.py)
+
 For each setting of the knob: blocks run per token (the mean), PPL, and in how many places the likeliest token is the
 one of full depth. Every token is predicted once, from the true text before it, whose tokens left by the same rule and
 are seen by the blocks above with the state that they left with (decode.exit_states), as in decoding. Deciding costs
-something, too, which blocks do not show: confidence reads the head at each exit, a gate 2% of a block (Paper A).
+something, too, which blocks do not show: confidence reads the head at each exit, a gate 2% of a block (Paper A). With
+drafts more blocks are run than without, but several tokens go through a block at once; blocks are counted as often as
+one waits for them, (n (k + 1) + L) / (tokens a pass) with n drafts a pass.
 """
 import json
 import os
@@ -28,7 +34,8 @@ import torch.nn.functional as F
 import checkpoint
 from configurator import configure, run
 from decode import exit_states
-from eval_exits import ROWS, perplexity, table, windows
+from eval_exits import ROWS, measure_speculation, perplexity, table, windows
+from native import fast_decoder
 from prepare import load_tokens, prepare
 from runtime import commit, keep_freed_memory, machine, pick_device
 
@@ -63,6 +70,19 @@ def measure(model, tokens, thresholds=THRESHOLDS, batch_size=16):
             for (way, knob), (blocks, loss, agreement) in zip(ways, sums.tolist())]
 
 
+def measure_drafts(model, tokens):
+    """The draft length that waits for the fewest blocks, greedy, for every draft layer: points as those of `measure`,
+    but for the loss, which is full depth's."""
+    fast, decoder, _ = fast_decoder(model)
+    n_layer, best = model.config.n_layer, {}
+    for result in measure_speculation(fast, tokens, decoder, rounds=1):
+        k, n = result['draft_layer'], result['draft_len']
+        blocks = (n * (k + 1) + n_layer) / result['tokens_per_pass']
+        if k not in best or blocks < best[k]['blocks']:
+            best[k] = {'way': 'drafts', 'knob': f'{k}, {n}', 'blocks': blocks, 'loss': None, 'agreement': 1.0}
+    return list(best.values())
+
+
 def at_compute(points, way, blocks):
     """The loss of `way` at so many blocks a token, between the two measured points that enclose them; None outside."""
     curve = sorted((p['blocks'], p['loss']) for p in points if p['way'] == way)
@@ -74,7 +94,7 @@ def at_compute(points, way, blocks):
 
 def print_points(points, n_layer):
     full = next(p['loss'] for p in points if p['way'] == 'fixed' and p['knob'] == n_layer - 1)
-    table('Quality against compute', ['way', 'layer or threshold', 'blocks', 'PPL', 'of full depth', 'same choice'],
+    table('Quality against compute', ['way', 'layer, threshold', 'blocks', 'PPL', 'of full depth', 'same choice'],
           [[p['way'], p['knob'], p['blocks'], perplexity(p['loss']), perplexity(p['loss'] - full), p['agreement']]
            for p in points])
     for way in dict.fromkeys(p['way'] for p in points):
@@ -106,6 +126,7 @@ def main(argv):
     tokens = load_tokens(prepare(*checkpoint.told(settings, *checkpoint.DATA)), s.split)
     tokens = tokens[:s.max_tokens or None]
     points = measure(model, tokens)
+    points += [point | {'loss': points[model.config.n_layer - 1]['loss']} for point in measure_drafts(model, tokens)]
     print_points(points, model.config.n_layer)
     path = s.json or os.path.join(out_dir, 'tradeoff.json')
     report = {'run': os.path.basename(os.path.normpath(out_dir)), 'commit': commit(), 'machine': machine(),

@@ -1,0 +1,136 @@
+"""
+The papers' figures, and one that they should have had, made from what ablate.py and tradeoff.py measured.
+
+    python plots.py                    results/experiments.png, results/tradeoff.png
+
+Colours are told apart by colour-blind readers, too. A band spans the seeds, its line is their mean.
+"""
+import json
+import math
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import checkpoint
+import papers
+from configurator import configure, run
+from tables import ppl, results
+
+COLORS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000')
+
+
+def band(axes, x, curves, color, label, **style):
+    """The mean of some curves, and the range that they span."""
+    axes.plot(x, [statistics.mean(values) for values in zip(*curves)], color=color, label=label, **style)
+    axes.fill_between(x, [min(values) for values in zip(*curves)], [max(values) for values in zip(*curves)],
+                      color=color, alpha=0.2, linewidth=0)
+
+
+def smooth(curve, n=5):
+    """Means of n neighbours: a step's loss is that of a few sentences, and noisy."""
+    return [statistics.mean(curve[i:i + n]) for i in range(0, len(curve) - n + 1, n)]
+
+
+def relative_exits(several):
+    """PPL at each exit in units of full depth's: one curve a seed."""
+    return [[ppl(loss - r['exits'][-1]) for loss in r['exits']] for r in several]
+
+
+def experiments(plt, scale):
+    """Loss curves, exits, activation spread and weights of Paper A's four cells; spread of Paper B's variants."""
+    figure, ((losses, exits, theirs), (weights, spread, spread_b)) = plt.subplots(
+        2, 3, figsize=(14, 7), constrained_layout=True)
+    for (label, several), color in zip(results('A2', scale).items(), COLORS):
+        steps = smooth([step for step, _ in several[0]['train']])
+        band(losses, steps, [smooth([loss for _, loss in r['train']]) for r in several], color, label)
+        layers = range(len(several[0]['exits']))
+        band(exits, layers, relative_exits(several), color, label)
+        band(spread, layers, [r['activation_std'] for r in several], color, label)
+        ratio = [-2.95 + 0.1 * i for i in range(60)]
+        weights.step(ratio, several[0]['histogram'], where='mid', color=color, label=label)
+    for (label, several), color in zip(results('cliff', scale).items(), COLORS):
+        band(theirs, range(len(several[0]['exits'])), relative_exits(several), color, label)
+    theirs.plot(range(len(papers.A5)), [value / papers.A5[-1] for value in papers.A5], 'k--', label='Paper A, Table 5')
+    for i, (label, several) in enumerate(results('B', scale).items()):
+        phase = 1 if label.endswith('1') else 2
+        band(spread_b, range(len(several[0]['activation_std'])), [r['activation_std'] for r in several],
+             COLORS[i // 2], label, linestyle={1: '--', 2: '-'}[phase])
+    for threshold in (-0.5, 0.5):
+        weights.axvline(threshold, color='grey', linestyle=':')
+    losses.set(title='Training loss', xlabel='step', ylabel='nats per byte', ylim=(None, 3.5))
+    exits.set(title='PPL at each exit', xlabel='exit layer', ylabel='times that of full depth', yscale='log')
+    theirs.set(title='H+EE: what makes the cliff', xlabel='exit layer', ylabel='times that of full depth', yscale='log')
+    spread.set(title='Spread of the activations', xlabel='layer', ylabel='standard deviation of h')
+    spread_b.set(title="Paper B's variants", xlabel='layer', ylabel='standard deviation of h', yscale='log')
+    weights.set(title='Latent weights, thresholds of A1', xlabel='w / α', ylabel='share of the weights')
+    decorate(losses, exits, theirs, weights, spread, spread_b)
+    return figure
+
+
+def tradeoff(plt, scale):
+    """Quality against compute: Paper A's exits, its recipe rerun, and every way to leave the composed model early."""
+    figure, (all_of_it, detail) = plt.subplots(1, 2, figsize=(12, 5), constrained_layout=True)
+    n = len(papers.A5)
+    share = [(layer + 1) / n for layer in range(n)]
+    all_of_it.plot(share, [value / papers.A5[-1] for value in papers.A5], 'ks--', label='Paper A, Table 5')
+    cliff, a2 = results('cliff', scale), results('A2', scale)
+    for label, several, color in (
+            ("rerun, the authors' labels at the exits", cliff.get('unshifted labels, no norm'), COLORS[1]),
+            ('rerun, shifted labels', a2.get('BitSkip (H+EE)'), COLORS[4])):
+        if several:
+            band(all_of_it, share, relative_exits(several), color, label, marker='o')
+    named = {'compose': 'B', 'compose_frozen': 'A'}
+    styles = {'fixed': ('o-', COLORS[0]), 'confidence': ('^-', COLORS[2]), 'gate': ('D-', COLORS[3]),
+              'drafts': ('*', COLORS[6])}
+    for path in sorted(Path('results/tradeoff').glob('*.json')):
+        report = json.loads(path.read_text())
+        full = report['points'][report['n_layer'] - 1]['loss']
+        for way, (style, color) in styles.items():
+            points = sorted((p['blocks'] / report['n_layer'], math.exp(p['loss'] - full))
+                            for p in report['points'] if p['way'] == way)
+            if points and path.stem in named:
+                fill = 'none' if named[path.stem] == 'A' else color
+                x, y = zip(*points)
+                detail.plot(x, y, style, color=color, markerfacecolor=fill, label=f'{named[path.stem]}: {way}')
+                if way == 'fixed':
+                    all_of_it.plot(x, y, style, color=color, markerfacecolor=fill, label=f'recipe {named[path.stem]}')
+    detail.axhline(1.01, color='grey', linestyle=':')
+    detail.axvline(0.7, color='grey', linestyle=':')
+    all_of_it.set(title='Fixed exits', yscale='log', ylabel='PPL, times that of full depth',
+                  xlabel='blocks run, share of all')
+    detail.set(title='Ways to leave early', ylim=(0.99, 1.5), xlabel='blocks a token waits for, share of all')
+    decorate(all_of_it, detail)
+    return figure
+
+
+def decorate(*all_axes):
+    for axes in all_axes:
+        axes.grid(alpha=0.3)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(fontsize=8)
+
+
+@dataclass
+class PlotsSettings:
+    """Draws the papers' figures from what was measured."""
+    scale: Literal['cpu', 'paper'] = 'cpu'  # whose results
+    folder: str = 'results'  # where the pictures go
+
+
+def main(argv):
+    s = configure(PlotsSettings, argv)
+    import matplotlib
+    matplotlib.use('Agg')
+    import matplotlib.pyplot as plt
+    for draw in (experiments, tradeoff):
+        path = Path(s.folder, f'{draw.__name__}.png')
+        figure = draw(plt, s.scale)
+        with checkpoint.atomic_write(path) as file:
+            figure.savefig(file, format='png', dpi=80)
+        plt.close(figure)
+        print(f'written: {path}')
+
+
+if __name__ == '__main__':
+    run(main)
