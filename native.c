@@ -54,7 +54,8 @@ typedef struct {               // y = W Q(FWHT?(norm?(norm?(activation?(x)))))
 
 typedef struct {
     Linear qkv, o, up, down;     // q, k and v are one matrix; so are SwiGLU's gate and up
-    const float *gate1, *gate2;  // (gate_dim, C), (gate_dim) of A6; not in the last block
+    Linear adapter1, adapter2;   // the exit's own, FLOAT: (rank, C) behind a norm, (C, rank); or without weights
+    const float *gate1, *gate2;  // (gate_dim, C), (gate_dim) of A6; neither is in the last block
 } Block;
 
 typedef struct {
@@ -429,8 +430,10 @@ static void wake_helpers(int threads) {
 // Lay the buffers out in the workspace, once there is one. Returns its size in bytes.
 static int64_t lay_out(const Decoder *d, Run *run) {
     const Block *b = d->blocks;
-    int C = up_to(LANES, d->n_embd), Q = up_to(LANES, b->qkv.rows), F = up_to(LANES, b->up.rows);
+    int C = up_to(LANES, d->n_embd), Q = up_to(LANES, larger(b->qkv.rows, b->adapter1.rows));
+    int F = up_to(LANES, b->up.rows);
     int X = up_to(LANES, larger(larger(b->qkv.cols, b->o.cols), larger(b->down.cols, d->block_size)));
+    X = larger(X, Q);
     int64_t shared = (int64_t)CHUNK * (Q + C + F), floats = shared + (int64_t)d->threads * X;
     *run = (Run){.d = d, .C = C, .Q = Q, .F = F, .X = X, .slot_bytes = 64 + (int64_t)X * sizeof(float)};
     if (d->workspace) {
@@ -486,9 +489,11 @@ INLINE void multiply_integers(Run *run, int i, int t, Kernel *kernel) {
 INLINE void multiply_floats(Run *run, int i) {
     const Linear *L = run->L;
     for (int r = i * LANES; r < smaller(L->rows, (i + 1) * LANES); r++)
-        for (int t = 0; t < run->T; t++)
-            run->out[(int64_t)t * run->out_stride + r] =
-                dot((const float *)L->weights + (int64_t)r * L->cols, slot(run, t)->floats, L->cols);
+        for (int t = 0; t < run->T; t++) {
+            float *out = run->out + (int64_t)t * run->out_stride + r;
+            *out = dot((const float *)L->weights + (int64_t)r * L->cols, slot(run, t)->floats, L->cols)
+                   + (run->add ? *out : 0);
+        }
 }
 
 INLINE void multiply(Run *run, int piece, Kernel *kernel) {
@@ -640,8 +645,14 @@ static void run_block(Run *run, float *h) {
 // The logits of T states h after block `layer`.
 static void read_out(Run *run, int T, const float *h, int layer, float *logits) {
     Linear head = run->d->head;
+    const Block *b = &run->d->blocks[larger(0, layer)];
     if (layer < run->d->n_layer - 1 && !run->d->normed_exits) head.norm_weight = NULL;
     run->T = T;
+    if (b->adapter1.weights) {
+        linear(run, &b->adapter1, h, run->C, run->qkv, run->Q, 0);
+        h = memcpy(run->y, h, (int64_t)T * run->C * sizeof *h);
+        linear(run, &b->adapter2, run->qkv, run->Q, run->y, run->C, 1);
+    }
     linear(run, &head, h, run->C, logits, head.rows, 0);
 }
 

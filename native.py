@@ -163,7 +163,7 @@ def structure(name, *fields):
 pointer, integer, real = ctypes.c_void_p, ctypes.c_int, ctypes.c_float
 CLinear = structure('CLinear', (pointer, 'weights scales norm_weight'), (integer, 'kind rows inputs cols'),
                     (integer, 'activation norm linear_norm hadamard bits'))
-CBlock = structure('CBlock', (CLinear, 'qkv o up down'), (pointer, 'gate1 gate2'))
+CBlock = structure('CBlock', (CLinear, 'qkv o up down adapter1 adapter2'), (pointer, 'gate1 gate2'))
 CDecoder = structure(
     'CDecoder', (CLinear, 'head'), (pointer, 'blocks embedding embedding_scales cos sin k v workspace'),
     (integer, 'n_layer n_head n_kv_head n_embd vocab_size block_size gate_dim normed_exits threads isa'))
@@ -185,9 +185,8 @@ def fast_decoder(model):
         return (to_ternary(model, head='fp32'), None, how) if two_bit else (model, None, f'as trained, since {how}')
     packed = to_ternary(model)
     native_step, how = available()
-    if native_step and not model.adapters:
+    if native_step:
         return packed, Decoder(packed), f'{how}, int8 head'
-    how = 'its exits have adapters' if model.adapters else how
     return packed, None, f'packed weights in PyTorch, int8 head; no native step, since {how}'
 
 
@@ -212,8 +211,8 @@ class Decoder:
             raise ValueError("native decoding is for ternary weights, and this model has none (linear='fp')")
         if any(layer.latent for layer in bit_linears(model)):
             raise ValueError('native decoding is for ternary weights, and this model computes with its latent ones')
-        if model.adapters or not model.config.causal:
-            raise ValueError('native decoding has no adapters, and no eyes for the future (causal=False)')
+        if not model.config.causal:
+            raise ValueError('a model that sees the future (causal=False) cannot decode')
         if head not in ('int8', 'fp32') or (head == 'fp32' and hasattr(model.head, 'codes')):
             raise ValueError(f"head is 'int8' or, unless the model's is rounded already, 'fp32'; got {head!r}")
         if not 1 <= threads <= 1024 or not 0 <= isa <= best:
@@ -234,7 +233,8 @@ class Decoder:
         """The CDecoder of a model."""
         config = model.config
         D, tiles = config.n_embd // config.n_head, -(-config.block_size // 16)
-        blocks = starmap(self.describe_block, zip_longest(model.blocks, model.gates))  # the last block has no gate
+        parts = zip_longest(model.blocks, model.gates, model.adapters)  # the last block has neither gate nor adapter
+        blocks = starmap(self.describe_block, parts)
         self.c_blocks = (CBlock * config.n_layer)(*blocks)
         embedding, embedding_scales = rows_of(model.embedding, head)
         c = CDecoder(
@@ -250,15 +250,23 @@ class Decoder:
         c.workspace = self.keep(torch.zeros(self.lib.workspace_bytes(c), dtype=torch.uint8))
         return c
 
-    def describe_block(self, block, gate):
+    def describe_block(self, block, gate, adapter):
         config, attn, ffn = self.config, block.attn, block.ffn
+        adapters = {}
+        if adapter is not None:
+            adapters = dict(adapter1=self.describe_float(adapter.a.weight, linear_norm=NORMS['layernorm']),
+                            adapter2=self.describe_float(adapter.b.weight))
         C, up = config.n_embd, [ffn.up] if ffn.gate is None else [ffn.gate, ffn.up]
         return CBlock(
             qkv=self.describe_ternary([attn.q, attn.k, attn.v], C, block.attn_norm),
             o=self.describe_ternary([attn.o], C, attn.sub_norm),
             up=self.describe_ternary(up, C, block.ffn_norm),
             down=self.describe_ternary([ffn.down], config.ffn_dim, ffn.sub_norm, activation=config.ffn),
-            gate1=self.keep(gate and gate.w1.weight), gate2=self.keep(gate and gate.w2.weight))
+            gate1=self.keep(gate and gate.w1.weight), gate2=self.keep(gate and gate.w2.weight), **adapters)
+
+    def describe_float(self, weight, **options):
+        rows, inputs = weight.shape
+        return self.describe_linear(weight, None, 'fp32', inputs, inputs, None, **options)
 
     def describe_ternary(self, layers, inputs, norm, activation=None):
         """Layers that share their input, as one matrix."""

@@ -22,13 +22,15 @@ KINDS = {
     'rmsnorm inside': dict(linear='hbitlinear', linear_norm='rmsnorm'),
     'raw exits': dict(exit_norm='none'),
     'no gates': dict(gate_dim=0),
+    'adapters': dict(linear='hbitlinear', ee_adapter=5),
+    'adapters, raw exits': dict(ee_adapter=130, exit_norm='none'),
     'odd widths': dict(n_head=3, n_kv_head=3, n_embd=66, ffn_dim=37),
     'narrow': dict(linear='hbitlinear', n_head=2, n_kv_head=1, n_embd=12, ffn_dim=7),
     'heads of 64, 1:1': dict(n_head=2, n_kv_head=2, n_embd=128, ffn_dim=300),
     'heads of 32, 4:1': dict(n_head=4, n_kv_head=1, n_embd=128, ffn_dim=512),
     'one layer': dict(n_layer=1),
 }
-MIXED = ['bitlinear', 'hadamard, paper B', 'odd widths']
+MIXED = ['bitlinear', 'hadamard, paper B', 'odd widths', 'adapters']
 kinds = pytest.mark.parametrize('kind', KINDS)
 mixed = pytest.mark.parametrize('kind', MIXED)
 
