@@ -106,7 +106,8 @@ TABLES = {
             'λ from 0 to 0.6': '--ee_positions=sampled --lambda_ee=0.6 --ee_ramp=up',
             'λ 0.1': '--ee_positions=sampled --lambda_ee=0.1',
             'λ 1, late exits weigh more': '--ee_positions=sampled --lambda_ee=1 --ee_weighting=late',
-            'head detached, half distilled': '--ee_positions=sampled --ee_detach_head=True --ee_distill=0.5'}.items()}, rates=RATES[:1]),
+            'head detached, half distilled': '--ee_positions=sampled --ee_detach_head=True --ee_distill=0.5'
+        }.items()}, rates=RATES[:1]),
     'compose': Table('Hadamard and exits, composed', {
         'H-only': 'config/bitskip_h.py', "Paper A's recipe": 'config/bitskip_h_ee.py',
         'A: exits on a finished model': 'config/compose_frozen.py', 'B: joint training': 'config/compose.py'},

@@ -169,7 +169,7 @@ def parameter_breakdown(model):
                     key = f'{"attention" if part is block.attn else "FFN"} {name} (quantizable)'
                     counts[key] = counts.get(key, 0) + size(child)
     counts['LM head'] = size(model.head)
-    counts['gates'] = size(model.gates)
+    counts |= {'gates': size(model.gates), 'adapters': size(model.adapters)}
     counts['norms'] = size(model) - sum(counts.values())
     return counts | {'total': size(model)}
 

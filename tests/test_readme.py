@@ -14,9 +14,11 @@ import eval_exits
 import export_gguf
 import export_hf
 import pack
+import plots
 import prepare
 import sample
 import tables
+import tradeoff
 import train
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -24,7 +26,8 @@ README = (ROOT / 'README.md').read_text()
 SETTINGS = {'train.py': train.TrainSettings, 'sample.py': sample.SampleSettings, 'prepare.py': prepare.Settings,
             'eval_exits.py': eval_exits.EvalSettings, 'pack.py': pack.PackSettings, 'bench.py': bench.BenchSettings,
             'export_gguf.py': export_gguf.ExportSettings, 'export_hf.py': export_hf.ExportSettings,
-            'ablate.py': ablate.AblateSettings, 'tables.py': tables.TablesSettings}
+            'ablate.py': ablate.AblateSettings, 'tables.py': tables.TablesSettings,
+            'tradeoff.py': tradeoff.TradeoffSettings, 'plots.py': plots.PlotsSettings}
 WALKTHROUGH = [line for line in README.splitlines() if re.match(r'\| [^|]*(A\d|B\d)', line)]
 COMMANDS = [command for block in re.findall(r'```sh\n(.*?)```', README, re.S) for command in block.splitlines()]
 

@@ -15,9 +15,12 @@ import torch.nn.functional as F
 import checkpoint
 import eval_exits
 import pack
+import plots
 import sample
+import tradeoff
 import train
 from configurator import UserError
+from decode import Decoder
 from quant import weight_ternary
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -260,3 +263,67 @@ def test_eval_finds_the_newest_run_and_needs_a_split_that_exists():
     done = call('eval_exits.py', '--split=test')
     assert done.returncode == 2 and 'run: out/run' in done.stdout
     assert done.stderr.startswith('error: ') and 'no test split' in done.stderr
+
+
+# ---- tradeoff.py, plots.py
+
+@pytest.fixture(scope='module')
+def points(run):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(run)
+        patch.setattr(tradeoff, 'measure_speculation', partial(
+            eval_exits.measure_speculation, lengths=(1, 3), n_tokens=9))
+        tradeoff.main(['--max_tokens=0', '--json=tradeoff.json'])
+    return json.loads((run / 'tradeoff.json').read_text())['points']
+
+
+def test_tradeoff_of_fixed_exits_is_that_of_the_report(points, report):
+    fixed = [p for p in points if p['way'] == 'fixed']
+    assert [(p['knob'], p['blocks']) for p in fixed] == [(layer, layer + 1) for layer in range(4)]
+    assert [p['loss'] for p in fixed] == pytest.approx([e['loss'] for e in report['exits']], rel=1e-6)
+    assert fixed[-1]['agreement'] == 1 > fixed[0]['agreement']
+
+
+def test_tradeoff_counts_what_decoding_does():
+    """The same losses and depths, by teacher-forced decoding of every window, token by token."""
+    from prepare import load_tokens
+    model, _ = checkpoint.load_checkpoint('out/run/ckpt.pt')
+    for gate in model.gates:  # those of this run are of one opinion on all tokens
+        torch.nn.init.normal_(gate.w2.weight)
+    tokens = load_tokens('data/text-bytes', 'val')
+    points = tradeoff.measure(model, tokens, thresholds=(0.4,))
+    for point in points[-2:]:
+        blocks, losses, way = 0, [], point['way']
+        assert 1.1 < point['blocks'] < 3.9
+        for idx, targets in eval_exits.windows(tokens, 32, 8):
+            decoder = Decoder(model, len(idx))
+            for token, target in zip(idx.split(1, dim=1), targets.t()):
+                logits, layers = decoder.step(token, exit_mode=way, exit_threshold=point['knob'])
+                blocks += (layers + 1).sum().item()
+                losses.append(F.cross_entropy(logits, target, reduction='none'))
+        assert blocks / (len(tokens) - 1) == pytest.approx(point['blocks'], rel=1e-3)
+        assert torch.cat(losses).mean().item() == pytest.approx(point['loss'], rel=1e-3)
+
+
+def test_tradeoff_of_drafts_is_exact_and_counts_the_blocks_one_waits_for(points):
+    drafts = [p for p in points if p['way'] == 'drafts']
+    assert [p['knob'].split(', ')[0] for p in drafts] == ['0', '1', '2']
+    full = next(p for p in points if p['way'] == 'fixed' and p['knob'] == 3)
+    for p in drafts:
+        k, n = map(int, p['knob'].split(', '))
+        assert p['loss'] == full['loss'] and p['agreement'] == 1
+        fewest, most = (n * (k + 1) + 4) / (n + 1), n * (k + 1) + 4  # all drafts accepted, none
+        assert fewest - 1e-9 <= p['blocks'] <= most
+
+
+def test_loss_at_a_compute_is_read_off_the_curve():
+    points = [{'way': 'gate', 'blocks': b, 'loss': loss} for b, loss in ((10, 1.0), (6, 2.0), (8, 1.2))]
+    assert tradeoff.at_compute(points, 'gate', 9) == pytest.approx(1.1)
+    assert tradeoff.at_compute(points, 'gate', 5) is None is tradeoff.at_compute(points, 'fixed', 9)
+
+
+def test_plots_are_drawn_from_the_results(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    plots.main([f'--folder={tmp_path}'])
+    for name in ('experiments', 'tradeoff'):
+        assert (tmp_path / f'{name}.png').read_bytes().startswith(b'\x89PNG')
