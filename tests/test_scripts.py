@@ -288,8 +288,8 @@ def test_tradeoff_counts_what_decoding_does():
     """The same losses and depths, by teacher-forced decoding of every window, token by token."""
     from prepare import load_tokens
     model, _ = checkpoint.load_checkpoint('out/run/ckpt.pt')
-    for gate in model.gates:  # those of this run are of one opinion on all tokens
-        torch.nn.init.normal_(gate.w2.weight)
+    for weight in model.gates.parameters():  # as they were trained, they are of one opinion on all tokens
+        torch.nn.init.normal_(weight)
     tokens = load_tokens('data/text-bytes', 'val')
     points = tradeoff.measure(model, tokens, thresholds=(0.4,))
     for point in points[-2:]:
