@@ -99,6 +99,7 @@ TABLES = {
             'gentle skipping, of the last block too': '--ee_positions=sampled --p_max=0.2 --skip_last=True',
             'adapters': '--ee_positions=sampled --ee_adapter=16',
             'λ 1': '--ee_positions=sampled --lambda_ee=1',
+            'λ 3': '--ee_positions=sampled --lambda_ee=3',
             'λ 1, adapters': '--ee_positions=sampled --lambda_ee=1 --ee_adapter=16',
             'half distilled': '--ee_positions=sampled --ee_distill=0.5',
             'head detached': '--ee_positions=sampled --ee_detach_head=True',
