@@ -33,6 +33,7 @@ from train import TrainSettings, make_optimizer
 PAPER_A = dict(n_layer=12, n_embd=512, n_head=8, n_kv_head=4, ffn_dim=2048, vocab_size=50257, block_size=512, B=4)
 PAPER_B = dict(n_layer=24, n_embd=2048, n_head=32, n_kv_head=8, ffn_dim=4096, vocab_size=50257, block_size=512, B=1,
                ffn='swiglu', norm='rmsnorm', sub_norm=False)
+CPU = dict(n_layer=12, n_embd=128, n_head=4, n_kv_head=2, ffn_dim=512, vocab_size=256, block_size=256, B=8)
 SMALL = dict(n_layer=6, n_embd=256, n_head=4, n_kv_head=2, ffn_dim=1024, vocab_size=256, block_size=256, B=16)
 TINY = SMALL | dict(B=2)  # for --quick
 
@@ -120,6 +121,8 @@ def exit_share(at_5, full, at_0):
 # name: (figure, its target, rounds, {case: (function, shape, settings)}); A is the first case, B the second
 Benchmark = namedtuple('Benchmark', 'figure target rounds cases')
 EE = dict(lambda_ee=0.3)
+COMPOSE = dict(linear='hbitlinear', lambda_ee=1.0, ee_positions='sampled', gate_dim=32, gate_loss='agreement',
+               lambda_r=1.0)  # config/compose.py
 
 
 def train_pair(shape, dtype, a='bitlinear', b='fp'):
@@ -138,6 +141,10 @@ BENCHMARKS = {
         'all exits': (training, PAPER_A, EE), 'no exits': (training, PAPER_A, {})}),
     'exits, sampled': Benchmark(ratio, '<= 1.35', 3, {
         'sampled exits': (training, PAPER_A, EE | dict(ee_positions='sampled')), 'no exits': (training, PAPER_A, {})}),
+    'compose, 2.3M': Benchmark(ratio, '<= 1.15', 15, {
+        'compose': (training, CPU, COMPOSE), 'H-only': (training, CPU, dict(linear='hbitlinear'))}),
+    'compose, 86M': Benchmark(ratio, '<= 1.15', 3, {
+        'compose': (training, PAPER_A, COMPOSE), 'H-only': (training, PAPER_A, dict(linear='hbitlinear'))}),
     'layer skipping': Benchmark(skipped_share, '>= 0.80', 9, {
         'p_max 0.7': (training, PAPER_A, dict(p_max=0.7)), 'no skipping': (training, PAPER_A, {}),
         'one block': (training, PAPER_A | dict(n_layer=1), {})}),
