@@ -110,8 +110,8 @@ TABLES = {
             'head detached, half distilled': '--ee_positions=sampled --ee_detach_head=True --ee_distill=0.5'
         }.items()}, rates=RATES[:1]),
     'compose': Table('Hadamard and exits, composed', {
-        'H-only': 'config/bitskip_h.py', "Paper A's recipe": 'config/bitskip_h_ee.py',
-        'A: exits on a finished model': 'config/compose_frozen.py', 'B: joint training': 'config/compose.py'},
+        'H-only': 'config/bitskip_h.py', 'B: joint training': 'config/compose.py',
+        'A: exits on a finished model': 'config/compose_frozen.py', "Paper A's recipe": 'config/bitskip_h_ee.py'},
         seeds=5, steps=FULL, rates=RATES[:2], on={'A: exits on a finished model': 'H-only'}),
     'B': Table("Paper B's variants in both phases", {
         f'{name}, phase {phase}': f'config/{config}.py{" config/phase1.py" if phase == 1 else ""} {NARROW}'
