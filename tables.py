@@ -11,14 +11,18 @@ import json
 import math
 import re
 import statistics
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
+import torch
+
 import checkpoint
 import papers
+import train
 from ablate import RATES, SEEDS, TABLES, compared_runs, loss_of, swept_runs
 from configurator import configure, run
+from model import BitSkip, BitSkipConfig
 
 README = Path('README.md')
 
@@ -145,6 +149,31 @@ def at_exits(name, layers, paper=None):
     return table
 
 
+def compose(scale):
+    cells = results('compose', scale)
+    if 'H-only' not in cells:
+        return [], []
+    half, last_but_one, a5 = len(papers.A5) // 2 - 1, len(papers.A5) - 2, papers.A5
+    theirs = papers.A2['BitSkip (H+EE)']
+    rows = [["Paper A's figures", '-', theirs, number(theirs / papers.A2['H-only']),
+             number(a5[last_but_one] / a5[-1]), number(a5[half] / a5[-1]), '0%']]
+    for label, several in cells.items():
+        at = [mean(several, lambda r, layer=layer: ppl(r['exits'][layer] - r['exits'][-1]))
+              for layer in (last_but_one, half)]
+        extra = parameters(TABLES['compose'].cells[label]) / parameters(TABLES['compose'].cells['H-only']) - 1
+        rows.append([label, len(several), mean(several, final), number(relative(several, cells['H-only'])), *at,
+                     f'{100 * extra:.2g}%'])
+    return ['model', 'seeds', 'PPL', '× H-only', f'exit {last_but_one} × own full depth', f'exit {half} ×',
+            'extra parameters, 86M'], rows
+
+
+def parameters(arguments):
+    """Of the model that this command line trains at the paper's scale."""
+    settings = configure(train.TrainSettings, arguments.split())
+    with torch.device('meta'):
+        return sum(p.numel() for p in BitSkip(BitSkipConfig.of(asdict(settings))).parameters())
+
+
 def leak(scale):
     rows = [[label, number(final(several[0])), number(ppl(several[0].get('unshifted')))]
             for label, several in results('leak', scale).items()]
@@ -171,8 +200,8 @@ def bench(scale):
 
 MAKE = {'bench': bench, 'rates': rates, 'A2': a2, 'A3': a3, 'A4': a4, 'A5': a5, 'price': plain('price'),
         'cliff': at_exits('cliff', (0, 5, 10, 11)), 'norm': plain('norm'), 'order': plain('order'), 'latent': latent,
-        'leak': leak, 'ingredients': at_exits('ingredients', (0, 5, 10, 11)), 'A6': plain('A6', papers.A6),
-        'A7': plain('A7', papers.A7), 'A8': plain('A8', papers.A8),
+        'leak': leak, 'compose': compose, 'ingredients': at_exits('ingredients', (0, 5, 10, 11)),
+        'A6': plain('A6', papers.A6), 'A7': plain('A7', papers.A7), 'A8': plain('A8', papers.A8),
         'B': at_exits('B', (5, 11, 17, 23), paper=papers.B)}
 
 
