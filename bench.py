@@ -121,7 +121,7 @@ def exit_share(at_5, full, at_0):
 # name: (figure, its target, rounds, {case: (function, shape, settings)}); A is the first case, B the second
 Benchmark = namedtuple('Benchmark', 'figure target rounds cases')
 EE = dict(lambda_ee=0.3)
-COMPOSE = dict(linear='hbitlinear', lambda_ee=1.0, ee_positions='sampled', gate_dim=32, gate_loss='agreement',
+COMPOSE = dict(linear='hbitlinear', lambda_ee=1.0, ee_positions='sampled', gate_dim=32, gate_loss='overlap',
                lambda_r=1.0)  # config/compose.py
 
 

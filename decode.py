@@ -10,11 +10,14 @@ a hole, and above its exit a token costs 1/11 of a block (Paper A's shape).
     exit_layer = k              every token leaves after block k
     exit_mode = 'gate'          at the first l with p_l > threshold (A6)
     exit_mode = 'confidence'    at the first l where the largest softmax probability is > threshold (CALM)
+    exit_mode = 'saturation'    at the first l whose block has changed little: cos(h_l, h_(l-1)) > threshold (CALM)
 """
 from functools import partial
 
 import torch
 import torch.nn.functional as F
+
+EXIT_MODES = ('gate', 'confidence', 'saturation')
 
 
 class KVCache:
@@ -151,19 +154,24 @@ def stream(model, idx, max_new_tokens, temperature=1.0, top_k=None, exit_layer=N
            exit_threshold=0.5, generator=None, decoder=None):
     """Continue idx (B, T) int64; yield, for each new token, itself (B, 1) and the layer that it left at (B,), int64.
 
-    exit_layer: run blocks 0 ... exit_layer at most. exit_mode None, 'gate' or 'confidence': leave before that, token by
+    exit_layer: run blocks 0 ... exit_layer at most. exit_mode None or one of EXIT_MODES: leave before that, token by
     token (the prompt itself runs in one pass, in full). Only the last block_size tokens are seen; when the cache is
     full, it starts again from the newer half of them. decoder: what runs the model, if not PyTorch (native.Decoder).
     ValueError on settings that the model cannot follow."""
     model.require_layer(exit_layer)
     require_sampling(idx, temperature, top_k)
-    if exit_mode not in (None, 'gate', 'confidence'):
-        raise ValueError(f"exit_mode is 'gate' or 'confidence', got {exit_mode!r}")
-    if exit_mode == 'gate' and not model.gates:
-        raise ValueError("this model has no gates (gate_dim=0); exit_mode='confidence' needs none")
+    require_exits(exit_mode, bool(model.gates))
     choose = partial(sample, temperature=temperature, top_k=top_k, generator=generator)
     return steps(model, idx, max_new_tokens, choose, decoder or Decoder(model, len(idx)), exit_layer, exit_mode,
                  exit_threshold)
+
+
+def require_exits(exit_mode, has_gates):
+    """ValueError if tokens cannot leave in this way."""
+    if exit_mode not in (None, *EXIT_MODES):
+        raise ValueError(f'exit_mode is one of {", ".join(map(repr, EXIT_MODES))}, got {exit_mode!r}')
+    if exit_mode == 'gate' and not has_gates:
+        raise ValueError("this model has no gates (gate_dim=0); exit_mode='saturation' needs none")
 
 
 def require_sampling(idx, temperature, top_k):
@@ -205,6 +213,7 @@ def step_with_exits(model, idx, cache, last, mode, threshold):
     layers = torch.full((B,), last, device=idx.device)
     inside = torch.ones(B, dtype=torch.bool, device=idx.device)
     for layer, block in enumerate(model.blocks[:last + 1]):
+        before = h[inside, 0]  # (rows, C)
         if inside.all():
             h = block(h, rope, cache.layer(layer))
         else:
@@ -214,17 +223,19 @@ def step_with_exits(model, idx, cache, last, mode, threshold):
                 h[rows] = block(h[rows], rope, cache.layer(layer, rows))
         rows = inside.nonzero().squeeze(1)
         if layer < last and len(rows):
-            leaving = rows[exit_score(model, h[rows, 0], layer, mode) > threshold]
+            leaving = rows[exit_score(model, h[rows, 0], before, layer, mode) > threshold]
             layers[leaving], inside[leaving] = layer, False
     cache.advance(1, depth=last + 1)
     states = torch.stack([model.exit_state(state, layer) for state, layer in zip(h[:, 0], layers.tolist())])
     return model.head(states), layers
 
 
-def exit_score(model, h, layer, mode):
-    """How ready the states h (..., C) after block `layer` are to leave, held against a threshold: (...) in [0, 1]."""
+def exit_score(model, h, before, layer, mode):
+    """How ready the states h (..., C) after block `layer`, and `before` it, are to leave: (...), at most 1."""
     if mode == 'gate':
         return model.gates[layer](h)  # A6
+    if mode == 'saturation':
+        return F.cosine_similarity(h.float(), before.float(), dim=-1)
     return F.softmax(model.head(model.exit_state(h, layer)).float(), dim=-1).amax(dim=-1)  # CALM
 
 
@@ -240,9 +251,9 @@ def exit_states(model, idx, mode, threshold):
     layers = torch.full(idx.shape, last, device=idx.device)
     inside = torch.ones_like(idx, dtype=torch.bool)
     for layer, block in enumerate(model.blocks):
-        h = torch.where(inside[..., None], block(h, rope), h)
+        before, h = h, torch.where(inside[..., None], block(h, rope), h)
         if layer < last:
-            leaving = inside & (exit_score(model, h, layer, mode) > threshold)
+            leaving = inside & (exit_score(model, h, before, layer, mode) > threshold)
             layers[leaving], inside = layer, inside & ~leaving
     out = torch.empty_like(h)
     for layer in layers.unique().tolist():

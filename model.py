@@ -61,7 +61,7 @@ class BitSkipConfig:
     skip_last: bool = False  # the last block is skipped, too: then full depth's own loss trains the exits before it
     lambda_q: float = 0.05  # weight of the quantization loss (A8)
     lambda_r: float = 0.2  # weight of the routing loss (A9)
-    gate_loss: Literal['cost', 'agreement'] = 'cost'  # gates learn a mean exit (A9), or if an exit agrees with the last
+    gate_loss: Literal['cost', 'agreement', 'overlap'] = 'cost'  # gates learn a mean exit (A9), or how an exit agrees
     target_exit: int = 6  # l*, the mean exit layer that the gates are trained for (A9)
     gate_dim: int = 32  # inner width of the gates (A6); 0: no gates
     init_scale: float = 1.0  # experiment: of the projections' initial weights (the authors' BitLinear: 0.1)
@@ -327,8 +327,8 @@ class BitSkip(nn.Module):
         if earlier is not None and config.lambda_q:  # A8
             losses['quant'] = quantization_loss(self)
         if earlier and config.lambda_r and self.gates:
-            losses['route'] = (self.agreement_loss(earlier, h) if config.gate_loss == 'agreement' else
-                               self.routing_loss(earlier))
+            losses['route'] = (self.routing_loss(earlier) if config.gate_loss == 'cost' else
+                               self.agreement_loss(earlier, h))
         total = (losses['ce'] + config.lambda_ee * losses['ee'] + config.lambda_q * losses['quant']
                  + config.lambda_r * losses['route'])
         return {'total': total, **losses}
@@ -364,17 +364,23 @@ class BitSkip(nn.Module):
         return (E - self.config.target_exit).square()
 
     def agreement_loss(self, states, last):
-        """What a gate can know and A9 does not ask: whether the exit's likeliest token is already the last layer's.
+        """What a gate can know and A9 does not ask: how far the exit already agrees with the last layer. 'agreement': 1
+        if their likeliest tokens are the same, else 0. 'overlap': sum_x min(p_exit(x), p_last(x)), which is the chance
+        that full depth accepts a token drawn at the exit (speculate.py).
+
         Binary cross-entropy, each gate on its own random share of the tokens; it trains the gates and nothing else."""
         shares = torch.randperm(last[..., 0].numel()).to(last.device).tensor_split(len(states))
         losses = []
         for layer, (h, share) in enumerate(zip(states, shares)):
             h = h.detach().flatten(0, 1)[share]
             with torch.no_grad():
-                here, there = self.exit_state(h, layer), last.flatten(0, 1)[share]
-                agrees = self.head(here).argmax(dim=-1) == self.head(there).argmax(dim=-1)
-            p = self.gates[layer](h)
-            losses.append(-torch.where(agrees, p, 1 - p).clamp(min=1e-6).log().mean())
+                here, there = self.head(self.exit_state(h, layer)), self.head(last.flatten(0, 1)[share])
+                if self.config.gate_loss == 'agreement':
+                    target = (here.argmax(dim=-1) == there.argmax(dim=-1)).float()
+                else:
+                    target = torch.minimum(here.float().softmax(dim=-1), there.float().softmax(dim=-1)).sum(dim=-1)
+            p = self.gates[layer](h).clamp(1e-6, 1 - 1e-6)
+            losses.append(-(target * p.log() + (1 - target) * (1 - p).log()).mean())
         return torch.stack(losses).mean()
 
     def gate_probabilities(self, states):

@@ -39,7 +39,7 @@ enum { CHUNK = 16 };                // tokens that share one reading of the weig
 enum { FLOAT, INT8, TERNARY };      // weights
 enum { NONE, LAYERNORM, RMSNORM };  // norms
 enum { PLAIN, RELU2, SWIGLU };      // the input of a linear: as it is, or `down`'s
-enum { FULL, GATE, CONFIDENCE };    // who may leave before the last block
+enum { FULL, GATE, CONFIDENCE, SATURATION };  // who may leave before the last block
 
 // -------------------------------------------------------------------------------------------------------------------
 // what native.py fills in, field by field. C: n_embd, D: C / n_head, V: vocab_size, "16s": up to a multiple of 16
@@ -73,7 +73,7 @@ typedef struct {
     const int64_t *tokens;                // (T), or NULL: h is given
     float *h, *logits;                    // (T, C 16s), in and out; (n_logits, V), of the last of them
     int T, start, first, last, n_logits;  // at the positions from start on, through blocks first ... last
-    int exit_mode;                        // GATE and CONFIDENCE are for T = 1
+    int exit_mode;                        // other than FULL it is for T = 1
     float threshold;
     int exit_layer;                       // out: the block after which the last token left
 } Step;
@@ -342,6 +342,7 @@ struct Run {
     const Decoder *d;
     int C, Q, F, X;                  // row lengths, multiples of 16: of h and y, qkv, ffn, scratch
     float *qkv, *y, *ffn, *scratch;  // (CHUNK, .); scratch (threads, X)
+    float *before;                   // (C): what the block was given, where that decides who leaves
     char *slots;                     // (CHUNK, slot_bytes)
     int64_t slot_bytes;
     int T, start, layer, has_left;   // tokens at hand, position of the first, block; has the (only) token left?
@@ -434,13 +435,14 @@ static int64_t lay_out(const Decoder *d, Run *run) {
     int F = up_to(LANES, b->up.rows);
     int X = up_to(LANES, larger(larger(b->qkv.cols, b->o.cols), larger(b->down.cols, d->block_size)));
     X = larger(X, Q);
-    int64_t shared = (int64_t)CHUNK * (Q + C + F), floats = shared + (int64_t)d->threads * X;
+    int64_t shared = (int64_t)CHUNK * (Q + C + F), floats = shared + (int64_t)d->threads * X + C;
     *run = (Run){.d = d, .C = C, .Q = Q, .F = F, .X = X, .slot_bytes = 64 + (int64_t)X * sizeof(float)};
     if (d->workspace) {
         run->qkv = (float *)d->workspace;
         run->y = run->qkv + CHUNK * Q;
         run->ffn = run->y + CHUNK * C;
         run->scratch = run->qkv + shared;
+        run->before = run->qkv + floats - C;
         run->slots = (char *)(run->qkv + floats);
     }
     return floats * sizeof(float) + CHUNK * run->slot_bytes;
@@ -656,10 +658,15 @@ static void read_out(Run *run, int T, const float *h, int layer, float *logits) 
     linear(run, &head, h, run->C, logits, head.rows, 0);
 }
 
+static float cosine(const float *a, const float *b, int n) {
+    return dot(a, b, n) / sqrtf(dot(a, a, n) * dot(b, b, n));
+}
+
 // Does the token with this state leave after this block? (CONFIDENCE computes its logits on the way.)
 static int leaves(Run *run, const Step *s, const float *h) {
     if (s->exit_mode == FULL || run->layer == s->last) return 0;
     if (s->exit_mode == GATE) return SETS[run->d->isa].gate(run, h) > s->threshold;
+    if (s->exit_mode == SATURATION) return cosine(h, run->before, run->d->n_embd) > s->threshold;
     read_out(run, 1, h, run->layer, s->logits);
     return SETS[run->d->isa].confidence(s->logits, run->d->vocab_size) > s->threshold;
 }
@@ -683,6 +690,7 @@ void step(const Decoder *d, Step *s) {
         run.T = smaller(CHUNK, s->T - t), run.start = s->start + t;
         for (int i = 0; i < run.T && s->tokens; i++) embed(d, s->tokens[t + i], h + i * run.C);
         for (run.layer = s->first; run.layer <= s->last; run.layer++) {
+            if (s->exit_mode == SATURATION) memcpy(run.before, h, d->n_embd * sizeof *h);
             run_block(&run, h);
             if (!run.has_left && leaves(&run, s, h)) run.has_left = 1, s->exit_layer = run.layer;
         }

@@ -31,6 +31,7 @@ import torch
 import torch.nn.functional as F
 
 import triton_ternary
+from decode import require_exits
 from packed import int8_rows, to_ternary
 from quant import HBitLinear, bit_linears
 
@@ -172,7 +173,7 @@ CStep = structure('CStep', (pointer, 'tokens h logits'), (integer, 'T start firs
 KINDS = {'fp32': 0, 'int8': 1, 'ternary': 2}
 NORMS = {'none': 0, 'layernorm': 1, 'rmsnorm': 2}
 ACTIVATIONS = {None: 0, 'relu2': 1, 'swiglu': 2}
-EXIT_MODES = {None: 0, 'gate': 1, 'confidence': 2}
+EXIT_MODES = {None: 0, 'gate': 1, 'confidence': 2, 'saturation': 3}
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -302,14 +303,11 @@ class Decoder:
         """Append tokens, T of them (a list or an integer tensor), to the text.
 
         Returns the logits (n_logits, V) float32 of the last n_logits tokens, and the layer that they left at. That is
-        exit_layer (default: the last) or, for a single token with exit_mode 'gate' or 'confidence', the first layer
+        exit_layer (default: the last) or, for a single token with one of decode.py's exit modes, the first layer
         whose score is above exit_threshold, as in decode.py. ValueError if the tokens are none, do not fit into
         block_size or are not in the vocabulary, or the model or its cache do not have what this takes."""
         last = self.config.n_layer - 1 if exit_layer is None else exit_layer
-        if exit_mode not in EXIT_MODES:
-            raise ValueError(f"exit_mode is 'gate' or 'confidence', got {exit_mode!r}")
-        if exit_mode == 'gate' and not self.config.gate_dim:
-            raise ValueError("this model has no gates (gate_dim=0); exit_mode='confidence' needs none")
+        require_exits(exit_mode, self.config.gate_dim > 0)
         tokens = self.as_list(tokens)
         self.states, logits, layer = self.run(tokens, None, self.length, 0, last, n_logits,
                                               exit_mode if len(tokens) == 1 else None, exit_threshold)

@@ -37,11 +37,11 @@ class SampleSettings:
     temperature: float = 0.8  # 0 takes the likeliest token, 1 samples as the model says
     top_k: int | None = None  # choose among the k likeliest tokens only
     exit_layer: int | None = None  # the deepest block to run; none: all
-    exit_mode: Literal['none', 'gate', 'confidence'] = 'none'  # let each token leave earlier: by gate, by confidence
+    exit_mode: Literal['none', 'gate', 'confidence', 'saturation'] = 'none'  # let each token leave when it may
     draft_layer: int | None = None  # speculative decoding: this exit drafts, full depth checks; none: no drafts
     draft_len: int = 4  # how many tokens a pass drafts
     packed: bool = True  # decode with packed weights: stored codes; on a CPU an int8 head, and C where it compiles
-    exit_threshold: float = 0.5  # leave when the gate (A6) or the largest probability exceeds this
+    exit_threshold: float = 0.5  # leave when the gate (A6), largest probability or similarity exceeds this
     device: str = 'auto'  # auto, cpu, cuda, cuda:1, mps
     seed: int = 1337  # of the sampling
 

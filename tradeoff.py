@@ -8,9 +8,9 @@ Three ways to leave early, each with a knob, are set beside full depth:
 
     fixed         every token leaves after block k
     confidence    a token leaves where the likeliest next token has a probability over the threshold (CALM)
-    gate          a token leaves where its gate says so (A6); gates that learned to foresee whether the exit's choice is
-                  already that of the last layer (gate_loss='agreement') can know, those trained for a mean depth (A9)
-                  cannot
+    saturation    a token leaves where the last block has changed its state little, cos(h_l, h_(l-1)) over the threshold
+    gate          a token leaves where its gate says so (A6); gates that learned to foresee how far the exit agrees with
+                  the last layer (gate_loss='agreement', 'overlap') can know, those trained for a mean depth (A9) cannot
 
 and one that changes nothing but the time:
 
@@ -19,9 +19,9 @@ and one that changes nothing but the time:
 For each setting of the knob: blocks run per token (the mean), PPL, and in how many places the likeliest token is the
 one of full depth. Every token is predicted once, from the true text before it, whose tokens left by the same rule and
 are seen by the blocks above with the state that they left with (decode.exit_states), as in decoding. Deciding costs
-something, too, which blocks do not show: confidence reads the head at each exit, a gate 2% of a block (Paper A). With
-drafts more blocks are run than without, but several tokens go through a block at once; blocks are counted as often as
-one waits for them, (n (k + 1) + L) / (tokens a pass) with n drafts a pass.
+something, too, which blocks do not show: confidence reads the head at each exit, a gate is 2% of a block (Paper A).
+With drafts more blocks are run than without, but several tokens go through a block at once; they are counted as often
+as one waits for them, (n (k + 1) + L) / (tokens a pass) with n drafts a pass.
 """
 import json
 import os
@@ -33,13 +33,15 @@ import torch.nn.functional as F
 
 import checkpoint
 from configurator import configure, run
-from decode import exit_states
+from decode import EXIT_MODES, exit_states
 from eval_exits import ROWS, measure_speculation, perplexity, table, windows
 from native import fast_decoder
 from prepare import load_tokens, prepare
 from runtime import commit, keep_freed_memory, machine, pick_device
 
-THRESHOLDS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
+THRESHOLDS = {'gate': (0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95),
+              'confidence': (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95),
+              'saturation': (0.96, 0.97, 0.975, 0.98, 0.985, 0.99, 0.9925, 0.995)}
 
 
 @torch.no_grad()
@@ -49,7 +51,7 @@ def measure(model, tokens, thresholds=THRESHOLDS, batch_size=16):
     model.eval()
     n_layer = model.config.n_layer
     ways = [('fixed', layer) for layer in range(n_layer)]
-    ways += [(way, t) for way in ('confidence', 'gate')[:2 if model.gates else 1] for t in thresholds]
+    ways += [(way, t) for way in EXIT_MODES if way != 'gate' or model.gates for t in thresholds[way]]
     sums = torch.zeros(len(ways), 3, dtype=torch.float64)  # of blocks, loss, agreements
     for idx, targets in windows(tokens, model.config.block_size, batch_size):
         idx, targets = idx.to(model.device), targets.to(model.device)

@@ -233,7 +233,7 @@ class Run:
         """Take over the weights of a finished model. Adapters and gates may be new; gates that learned to meet a cost
         (A9) are, where they shall learn agreement."""
         state = {name: weight for name, weight in saved['model'].items()
-                 if not (name.startswith('gates.') and self.s.gate_loss == 'agreement')}
+                 if not (name.startswith('gates.') and self.s.gate_loss != 'cost')}
         try:
             missing, odd = self.model.load_state_dict(state, strict=False)
         except RuntimeError as error:

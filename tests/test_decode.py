@@ -4,7 +4,7 @@ import torch
 from torch.testing import assert_close
 
 import decode
-from decode import KVCache, sample, stream
+from decode import EXIT_MODES, KVCache, sample, stream
 
 KINDS = ['fp', 'bitlinear', 'hbitlinear']
 GREEDY = dict(temperature=0.0)
@@ -85,7 +85,7 @@ def test_a_cache_is_not_larger_than_block_size(make_model, tokens):
         model(tokens(2, 1), cache=cache)
 
 
-@pytest.mark.parametrize('exit_mode', [None, 'gate', 'confidence'])
+@pytest.mark.parametrize('exit_mode', [None, *EXIT_MODES])
 def test_generation_runs_under_autocast(make_model, tokens, run, exit_mode):
     model, idx = make_model(linear='hbitlinear'), tokens(3, 4)
     with torch.autocast('cpu', torch.bfloat16):
@@ -111,13 +111,15 @@ def slow_exits(model, text, n_prompt, mode, threshold, last):
             inputs[layer].append(h)
             if left_at is not None:
                 continue
-            h = block(torch.stack(inputs[layer])[None], model.rope(0, t + 1))[0, -1]  # attends to inputs[layer]
+            before, rope = h, model.rope(0, t + 1)
+            h = block(torch.stack(inputs[layer])[None], rope)[0, -1]  # attends to inputs[layer]
             is_exit = layer < model.config.n_layer - 1
             logits = model.head(h if is_exit and model.config.exit_norm == 'none' else model.norm(h))
             if layer == last:
                 left_at = last
             elif t >= n_prompt:
-                score = model.gates[layer](h) if mode == 'gate' else logits.softmax(-1).max()
+                score = {'gate': model.gates[layer](h), 'confidence': logits.softmax(-1).max(),
+                         'saturation': h @ before / (h.norm() * before.norm())}[mode]
                 left_at = layer if score > threshold else None
         all_logits.append(logits)
         all_layers.append(left_at)
@@ -125,7 +127,7 @@ def slow_exits(model, text, n_prompt, mode, threshold, last):
 
 
 @pytest.mark.parametrize('linear', KINDS)
-@pytest.mark.parametrize('mode, threshold', [('gate', 0.45), ('confidence', 0.2)])
+@pytest.mark.parametrize('mode, threshold', [('gate', 0.45), ('confidence', 0.2), ('saturation', 0.72)])
 @pytest.mark.parametrize('last', [2, 3])
 @pytest.mark.parametrize('exit_norm', ['final', 'none'])
 def test_a6_exits_leave_no_holes_in_the_cache(make_model, tokens, run, linear, mode, threshold, last, exit_norm):
@@ -143,7 +145,7 @@ def test_a6_exits_leave_no_holes_in_the_cache(make_model, tokens, run, linear, m
 
 
 @pytest.mark.parametrize('linear', KINDS)
-@pytest.mark.parametrize('mode, threshold', [('gate', 0.45), ('confidence', 0.2)])
+@pytest.mark.parametrize('mode, threshold', [('gate', 0.45), ('confidence', 0.2), ('saturation', 0.72)])
 @pytest.mark.parametrize('settings', [{}, {'exit_norm': 'none'}, {'ee_adapter': 3}], ids=str)
 def test_a6_whole_texts_leave_as_their_tokens_do(make_model, tokens, linear, mode, threshold, settings):
     """Counting exits in one pass over a text gives the layers and logits that decoding it step by step gives."""
@@ -157,7 +159,7 @@ def test_a6_whole_texts_leave_as_their_tokens_do(make_model, tokens, linear, mod
         assert_near(model.head(states[:, t]), logits, 1e-5 if linear == 'fp' else 0.01)
 
 
-@pytest.mark.parametrize('mode', ['gate', 'confidence'])
+@pytest.mark.parametrize('mode', EXIT_MODES)
 def test_a6_whole_texts_leave_causally(make_model, tokens, mode):
     """Changing a token changes neither the exits nor the logits of those before it, to the last bit."""
     model, idx = make_model(linear='hbitlinear', n_layer=4), tokens(3, 16)
@@ -167,7 +169,7 @@ def test_a6_whole_texts_leave_causally(make_model, tokens, mode):
         assert torch.equal(a[:, :9], b[:, :9]) and not torch.equal(a, b)
 
 
-@pytest.mark.parametrize('mode', ['gate', 'confidence'])
+@pytest.mark.parametrize('mode', EXIT_MODES)
 def test_a6_a_threshold_of_one_is_full_depth(make_model, tokens, run, mode):
     model, idx = make_model(), tokens(3, 5)
     full = run(model, idx, 20, **GREEDY)
@@ -176,7 +178,7 @@ def test_a6_a_threshold_of_one_is_full_depth(make_model, tokens, run, mode):
     assert_close(full[2], never[2])
 
 
-@pytest.mark.parametrize('mode', ['gate', 'confidence'])
+@pytest.mark.parametrize('mode', EXIT_MODES)
 def test_a6_a_negative_threshold_leaves_at_once(make_model, tokens, run, mode):
     """All but the prompt, which runs in full."""
     layers = run(make_model(), tokens(3, 5), 8, exit_mode=mode, exit_threshold=-1.0)[1]
@@ -280,7 +282,7 @@ def test_stream_refuses(make_model, tokens, options, message):
 def test_stream_refuses_an_empty_prompt_and_gates_that_are_not_there(make_model, tokens):
     with pytest.raises(ValueError, match='prompt is empty'):
         stream(make_model(), tokens(2, 0), 3)
-    with pytest.raises(ValueError, match="no gates.*exit_mode='confidence'"):
+    with pytest.raises(ValueError, match="no gates.*exit_mode='saturation'"):
         stream(make_model(gate_dim=0), tokens(), 3, exit_mode='gate')
     assert make_model(gate_dim=0).generate(tokens(2, 4), 3, exit_mode='confidence').shape == (2, 7)
 

@@ -99,6 +99,7 @@ def test_packed_models_too(make, kind, head):
 
 @kinds
 @pytest.mark.parametrize('options', [{}, dict(exit_layer=0), dict(exit_mode='confidence', exit_threshold=0.25),
+                                     dict(exit_mode='saturation', exit_threshold=0.72),
                                      dict(exit_mode='gate', exit_threshold=0.5)], ids=str)
 def test_greedy_text_and_exits_are_the_models(make, kind, options):
     """Also past block_size, where the cache starts anew."""
@@ -109,7 +110,7 @@ def test_greedy_text_and_exits_are_the_models(make, kind, options):
     assert greedy(model, idx, 30, decoder(), **options) == greedy(model, idx, 30, **options)
 
 
-@pytest.mark.parametrize('mode, threshold', [('gate', 0.5), ('confidence', 0.25)])
+@pytest.mark.parametrize('mode, threshold', [('gate', 0.5), ('confidence', 0.25), ('saturation', 0.72)])
 def test_tokens_do_leave_at_different_layers(make, mode, threshold):
     """The test above would prove little if they did not."""
     model, decoder = make()

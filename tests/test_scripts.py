@@ -291,8 +291,8 @@ def test_tradeoff_counts_what_decoding_does():
     for weight in model.gates.parameters():  # as they were trained, they are of one opinion on all tokens
         torch.nn.init.normal_(weight)
     tokens = load_tokens('data/text-bytes', 'val')
-    points = tradeoff.measure(model, tokens, thresholds=(0.4,))
-    for point in points[-2:]:
+    points = tradeoff.measure(model, tokens, {'gate': (0.4,), 'confidence': (0.4,), 'saturation': (0.9,)})
+    for point in points[-3:]:
         blocks, losses, way = 0, [], point['way']
         assert 1.1 < point['blocks'] < 3.9
         for idx, targets in eval_exits.windows(tokens, 32, 8):
