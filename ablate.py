@@ -1,5 +1,5 @@
 """
-The papers' experiments: train every cell of a table, then set what we measured beside what they report.
+The papers' experiments: train every cell of a table (experiments.py), then set what we measured beside what they report.
 
     python ablate.py --table=A2 --seeds=3              Paper A's four cells at the scale of two CPU cores
     python ablate.py --table=A2 --scale=paper          the same at Paper A's own scale: needs a GPU
@@ -12,13 +12,13 @@ cell share its runs, and a run that was interrupted goes on where it was. Start 
 they share the work.
 
 The learning rate decides more than anything that is compared here, so no cell is compared at a rate that suits
-another: each is first trained briefly at all of RATES, then with every seed at the rate that was best for it.
+another: each is first trained briefly at several rates, then with every seed at the rate that was best for it.
 """
 import json
 import math
 import os
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -28,100 +28,11 @@ import checkpoint
 import train
 from configurator import UserError, configure, run
 from eval_exits import activation_and_gate_statistics, bits_per_byte, evaluate, weight_statistics
+from experiments import SEEDS, SHORT, TABLES
 from prepare import load_tokens, prepare
 from quant import bit_linears, latent_weights
 from runtime import commit, keep_freed_memory, machine, pick_device
 
-RATES = (4e-3, 2e-3, 8e-3)  # of the CPU scale; Paper A's own configs have theirs
-SEEDS = (7, 8, 9, 10, 11)
-SHORT, FULL = 650, 1400  # steps of the CPU scale
-NARROW = '--n_embd=64 --n_head=4 --n_kv_head=2 --ffn_dim=128'  # Paper B's 24 layers
-
-
-@dataclass
-class Table:
-    """The cells of an experiment, {label: what follows `python train.py`}, and how they are trained."""
-    title: str
-    cells: dict
-    seeds: int = 1  # at most: how many the question is worth
-    steps: int = SHORT  # of the runs that are compared; rates are always compared at SHORT
-    rates: tuple = RATES
-    on: dict = field(default_factory=dict)  # {label: label of the cell whose finished model it starts from}
-
-
-FACTORIAL = {'Baseline': 'config/baseline.py', 'H-only': 'config/bitskip_h.py', 'EE-only': 'config/bitskip_ee.py',
-             'BitSkip (H+EE)': 'config/bitskip_h_ee.py'}
-TABLES = {
-    'A2': Table('the four cells of Paper A', FACTORIAL, seeds=5, steps=FULL),
-    'price': Table('ternary against full precision', {
-        'full precision': 'config/baseline.py --linear=fp', 'BitLinear': 'config/baseline.py',
-        'H-BitLinear': 'config/bitskip_h.py'}, seeds=5, steps=FULL),
-    'cliff': Table('what makes the cliff of Table A5', {
-        f'{labels} labels, {norm}': f'config/bitskip_h_ee.py{flags}'.strip()
-        for labels, unshifted in (('shifted', ''), ('unshifted', ' --unshifted=exits'))
-        for norm, flags in (('final norm', unshifted), ('no norm', f'{unshifted} --exit_norm=none'))
-    }, seeds=3, steps=FULL, rates=RATES[:1]),
-    'norm': Table('what of "Hadamard" is Hadamard', {
-        f'{name}, {norm}, init {scale}': ' '.join([f'config/{config}.py'] + [f'--linear_norm={norm}'] * (norm != 'none')
-                                                   + [f'--init_scale={scale}'] * (scale != 1))
-        for norm in ('none', 'layernorm', 'rmsnorm') for scale in (1, 0.1)
-        for name, config in (('BitLinear', 'baseline'), ('H-BitLinear', 'bitskip_h'))}, rates=RATES[:2]),
-    'order': Table('Hadamard: where, when, and before how many bits', {
-        f'{name}, {bits} bits': f'{arguments}{"" if bits == 8 else " --act_bits=4"}'
-        for bits in (8, 4) for name, arguments in (
-            ('none', 'config/baseline.py'), ('before Q, all (A3)', 'config/bitskip_h.py'),
-            ('before Q, o and down', 'config/bitskip_h.py --hadamard_layers=o,down'),
-            ("after Q, twice (authors')", 'config/bitskip_h.py --linear=hadamard_after'))}, seeds=3, rates=RATES[:2]),
-    'latent': Table('no straight-through: ternarize afterwards (Table A3)', {
-        f'{name}, {how}': f'config/{config}.py{flag}' for name, config in (('BitLinear', 'baseline'),
-                                                                          ('H-BitLinear', 'bitskip_h'))
-        for how, flag in (('straight-through', ''), ('latent', ' --train_latent=True'))}, rates=RATES[:1]),
-    'leak': Table('how PPL 1.13 comes about (Paper B)', {
-        'as it should be': 'config/baseline.py', 'sees the future': 'config/baseline.py --causal=False',
-        'unshifted labels': 'config/baseline.py --unshifted=all'}, rates=RATES[:1]),
-    'A6': Table('routing loss', {f'{value}': f'config/bitskip_ee.py --p_max=0.5 --lambda_q=0 --lambda_r={value}'
-                                 for value in (0, 0.01, 0.05, 0.1, 0.2)}, rates=RATES[:1]),
-    'A7': Table('quantization loss', {f'{value}': f'config/bitskip_ee.py --p_max=0.5 --lambda_r=0.05 --lambda_q={value}'
-                                      for value in (0, 0.01, 0.05, 0.1, 0.2)}, rates=RATES[:1]),
-    'A8': Table('routing and layer skipping', {
-        f'{routing}, {p_max}': f'config/bitskip_ee.py --p_max={p_max} --lambda_q={lambda_q} --lambda_r={lambda_r}'
-        for routing, lambda_q, lambda_r in (('off', 0, 0), ('on', 0.05, 0.2)) for p_max in (0.7, 0.5, 0.2)},
-        rates=RATES[:1]),
-    'ingredients': Table('what exits do to the model that they are trained with, one change at a time', {
-        'H-only': 'config/bitskip_h.py', "Paper A's recipe": 'config/bitskip_h_ee.py'} | {
-        label: ' '.join(['config/bitskip_h_ee.py'] + ['--p_max=0'] * ('--p_max' not in flags) + flags.split())
-        for label, flags in {
-            'no layer skipping': '',
-            'late exits weigh more': '--ee_weighting=late',
-            'sampled positions': '--ee_positions=sampled',
-            'exits in turn': '--ee_curriculum=rotational',
-            'gentle skipping': '--ee_positions=sampled --p_max=0.2',
-            'gentle skipping, of the last block too': '--ee_positions=sampled --p_max=0.2 --skip_last=True',
-            'adapters': '--ee_positions=sampled --ee_adapter=16',
-            'λ 1': '--ee_positions=sampled --lambda_ee=1',
-            'λ 3': '--ee_positions=sampled --lambda_ee=3',
-            'λ 1, adapters': '--ee_positions=sampled --lambda_ee=1 --ee_adapter=16',
-            'half distilled': '--ee_positions=sampled --ee_distill=0.5',
-            'head detached': '--ee_positions=sampled --ee_detach_head=True',
-            'λ from 0.6 to 0': '--ee_positions=sampled --lambda_ee=0.6 --ee_ramp=down',
-            'λ from 0 to 0.6': '--ee_positions=sampled --lambda_ee=0.6 --ee_ramp=up',
-            'λ 0.1': '--ee_positions=sampled --lambda_ee=0.1',
-            'λ 1, late exits weigh more': '--ee_positions=sampled --lambda_ee=1 --ee_weighting=late',
-            'head detached, half distilled': '--ee_positions=sampled --ee_detach_head=True --ee_distill=0.5'
-        }.items()}, rates=RATES[:1]),
-    'compose': Table('Hadamard and exits, composed', {
-        'H-only': 'config/bitskip_h.py', 'B: joint training': 'config/compose.py',
-        'A: exits on a finished model': 'config/compose_frozen.py', "Paper A's recipe": 'config/bitskip_h_ee.py'},
-        seeds=5, steps=FULL, rates=RATES[:2], on={'A: exits on a finished model': 'H-only'}),
-    'B': Table("Paper B's variants in both phases", {
-        f'{name}, phase {phase}': f'config/{config}.py{" config/phase1.py" if phase == 1 else ""} {NARROW}'
-        for name, config in (('V1', 'tinystories_v1'), ('V2', 'tinystories_v2'), ('V3', 'tinystories_v3'),
-                             ('Llama3', 'layerskip')) for phase in (1, 2)}, rates=RATES[:1]),
-}
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# runs
 
 @dataclass(frozen=True)
 class Run:

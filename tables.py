@@ -20,8 +20,9 @@ import torch
 import checkpoint
 import papers
 import train
-from ablate import RATES, SEEDS, TABLES, compared_runs, loss_of, swept_runs
+from ablate import compared_runs, loss_of, swept_runs
 from configurator import configure, run
+from experiments import RATES, SEEDS, TABLES
 from model import BitSkip, BitSkipConfig
 
 README = Path('README.md')
@@ -201,7 +202,7 @@ def bench(scale):
 MAKE = {'bench': bench, 'rates': rates, 'A2': a2, 'A3': a3, 'A4': a4, 'A5': a5, 'price': plain('price'),
         'cliff': at_exits('cliff', (0, 5, 10, 11)), 'norm': plain('norm'), 'order': plain('order'), 'latent': latent,
         'leak': leak, 'compose': compose, 'ingredients': at_exits('ingredients', (0, 5, 10, 11)),
-        'A6': plain('A6', papers.A6), 'A7': plain('A7', papers.A7), 'A8': plain('A8', papers.A8),
+        'around': at_exits('around', (0, 5, 10, 11)), 'A6': plain('A6', papers.A6), 'A7': plain('A7', papers.A7), 'A8': plain('A8', papers.A8),
         'B': at_exits('B', (5, 11, 17, 23), paper=papers.B)}
 
 

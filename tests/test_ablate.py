@@ -9,7 +9,8 @@ import pytest
 import ablate
 import tables
 import train
-from ablate import TABLES, Run, Table
+from ablate import Run
+from experiments import RATES, SHORT, TABLES, Table
 from test_train import TINY, text  # noqa: F401 (a fixture)
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -50,7 +51,7 @@ def table(tmp_path, monkeypatch):
 def test_rates_are_compared_before_seeds(table):
     """First every rate briefly, then every seed at the best of them; a rate that diverged is never the best."""
     sweep = ablate.swept_runs(table, 'a', 'cpu')
-    assert [run.rate for run in sweep] == list(ablate.RATES) and {run.steps for run in sweep} == {ablate.SHORT}
+    assert [run.rate for run in sweep] == list(RATES) and {run.steps for run in sweep} == {SHORT}
     for run, loss in zip(sweep, (1.7, None, 1.5)):
         assert ablate.compared_runs(table, 'a', 'cpu', 3) == []
         fake_result(run, loss)
@@ -74,7 +75,7 @@ def test_a_cell_on_a_finished_model_waits_for_it(table):
     base = ablate.compared_runs(table, 'a', 'cpu', 3)[1]
     fake_result(base, 1.5)
     (run,) = ablate.compared_runs(table, 'b', 'cpu', 3)
-    assert (run.seed, run.steps) == (8, ablate.SHORT) and run.name.endswith(f'-on-{base.name}')
+    assert (run.seed, run.steps) == (8, SHORT) and run.name.endswith(f'-on-{base.name}')
     assert f'--init_from={base.out_dir}' in run.command()
     assert not any(word.startswith('--learning_rate') for word in run.command())
 

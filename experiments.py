@@ -1,0 +1,134 @@
+"""
+The plan: every table of the papers, and those that they should have had, as command lines of train.py.
+
+A table has cells, {label: what follows `python train.py`}; ablate.py trains them, tables.py prints what they measured.
+To add an experiment, add a table here and its way to be printed to tables.py:MAKE.
+"""
+from dataclasses import dataclass, field
+
+RATES = (4e-3, 2e-3, 8e-3)  # learning rates of the CPU scale; Paper A's own configs have theirs
+SEEDS = (7, 8, 9, 10, 11)
+SHORT, FULL = 650, 1400  # steps of the CPU scale
+
+
+@dataclass
+class Table:
+    """The cells of an experiment, and how they are trained."""
+    title: str
+    cells: dict
+    seeds: int = 1  # at most: how many the question is worth
+    steps: int = SHORT  # of the runs that are compared; rates are always compared at SHORT
+    rates: tuple = RATES
+    on: dict = field(default_factory=dict)  # {label: label of the cell whose finished model it starts from}
+
+
+TABLES = {
+    # -- Paper A
+
+    'A2': Table('the four cells of Paper A', {
+        'Baseline': 'config/baseline.py',
+        'H-only': 'config/bitskip_h.py',
+        'EE-only': 'config/bitskip_ee.py',
+        'BitSkip (H+EE)': 'config/bitskip_h_ee.py'}, seeds=5, steps=FULL),
+    'A6': Table('routing loss, λ_r', {
+        value: f'config/bitskip_ee.py --p_max=0.5 --lambda_q=0 --lambda_r={value}'
+        for value in ('0', '0.01', '0.05', '0.1', '0.2')}, rates=RATES[:1]),
+    'A7': Table('quantization loss, λ_q', {
+        value: f'config/bitskip_ee.py --p_max=0.5 --lambda_r=0.05 --lambda_q={value}'
+        for value in ('0', '0.01', '0.05', '0.1', '0.2')}, rates=RATES[:1]),
+    'A8': Table('routing, and layer skipping with p_max', {
+        'off, 0.7': 'config/bitskip_ee.py --p_max=0.7 --lambda_q=0 --lambda_r=0',
+        'off, 0.5': 'config/bitskip_ee.py --p_max=0.5 --lambda_q=0 --lambda_r=0',
+        'off, 0.2': 'config/bitskip_ee.py --p_max=0.2 --lambda_q=0 --lambda_r=0',
+        'on, 0.7': 'config/bitskip_ee.py --p_max=0.7 --lambda_q=0.05 --lambda_r=0.2',
+        'on, 0.5': 'config/bitskip_ee.py --p_max=0.5 --lambda_q=0.05 --lambda_r=0.2',
+        'on, 0.2': 'config/bitskip_ee.py --p_max=0.2 --lambda_q=0.05 --lambda_r=0.2'}, rates=RATES[:1]),
+
+    # -- what may be behind the papers' figures
+
+    'price': Table('ternary against full precision', {
+        'full precision': 'config/baseline.py --linear=fp',
+        'BitLinear': 'config/baseline.py',
+        'H-BitLinear': 'config/bitskip_h.py'}, seeds=5, steps=FULL),
+    'cliff': Table('what makes the cliff of Table A5', {
+        'shifted labels, final norm': 'config/bitskip_h_ee.py',
+        'shifted labels, no norm': 'config/bitskip_h_ee.py --exit_norm=none',
+        'unshifted labels, final norm': 'config/bitskip_h_ee.py --unshifted=exits',
+        'unshifted labels, no norm': 'config/bitskip_h_ee.py --unshifted=exits --exit_norm=none'},
+        seeds=3, steps=FULL, rates=RATES[:1]),
+    'norm': Table('what of "Hadamard" is Hadamard', {
+        f'{name}, {norm}, init {scale}': f'{arguments}{norm_flag}{scale_flag}'
+        for norm, norm_flag in (('no norm', ''), ('LayerNorm', ' --linear_norm=layernorm'),
+                                ('RMSNorm', ' --linear_norm=rmsnorm'))
+        for scale, scale_flag in ((1, ''), (0.1, ' --init_scale=0.1'))
+        for name, arguments in (('BitLinear', 'config/baseline.py'), ('H-BitLinear', 'config/bitskip_h.py'))},
+        rates=RATES[:2]),
+    'order': Table('Hadamard: where, when, and before how many bits', {
+        'none, 8 bits': 'config/baseline.py',
+        'before Q, all (A3), 8 bits': 'config/bitskip_h.py',
+        'before Q, o and down, 8 bits': 'config/bitskip_h.py --hadamard_layers=o,down',
+        "after Q, twice (authors'), 8 bits": 'config/bitskip_h.py --linear=hadamard_after',
+        'none, 4 bits': 'config/baseline.py --act_bits=4',
+        'before Q, all (A3), 4 bits': 'config/bitskip_h.py --act_bits=4',
+        'before Q, o and down, 4 bits': 'config/bitskip_h.py --hadamard_layers=o,down --act_bits=4',
+        "after Q, twice (authors'), 4 bits": 'config/bitskip_h.py --linear=hadamard_after --act_bits=4'},
+        seeds=3, rates=RATES[:2]),
+    'latent': Table('no straight-through: ternarize afterwards (Table A3)', {
+        'BitLinear, straight-through': 'config/baseline.py',
+        'BitLinear, latent': 'config/baseline.py --train_latent=True',
+        'H-BitLinear, straight-through': 'config/bitskip_h.py',
+        'H-BitLinear, latent': 'config/bitskip_h.py --train_latent=True'}, rates=RATES[:1]),
+    'leak': Table('how PPL 1.13 comes about (Paper B)', {
+        'as it should be': 'config/baseline.py',
+        'sees the future': 'config/baseline.py --causal=False',
+        'unshifted labels': 'config/baseline.py --unshifted=all'}, rates=RATES[:1]),
+
+    # -- Hadamard and exits, composed
+
+    'compose': Table('Hadamard and exits, composed', {
+        'H-only': 'config/bitskip_h.py',
+        'B: joint training': 'config/compose.py',
+        'A: exits on a finished model': 'config/compose_frozen.py',
+        "Paper A's recipe": 'config/bitskip_h_ee.py'},
+        seeds=5, steps=FULL, rates=RATES[:2], on={'A: exits on a finished model': 'H-only'}),
+    'ingredients': Table('what exits do to the model that they are trained with, one change at a time', {
+        'H-only': 'config/bitskip_h.py',
+        "Paper A's recipe": 'config/bitskip_h_ee.py',
+        'no layer skipping': 'config/bitskip_h_ee.py --p_max=0',
+        'late exits weigh more': 'config/bitskip_h_ee.py --p_max=0 --ee_weighting=late',
+        'exits in turn': 'config/bitskip_h_ee.py --p_max=0 --ee_curriculum=rotational'} | {
+        label: f'config/bitskip_h_ee.py --p_max=0 --ee_positions=sampled {flags}'.strip() for label, flags in {
+            'sampled positions': '',
+            'sampled, λ 0.1': '--lambda_ee=0.1',
+            'sampled, λ 1': '--lambda_ee=1',
+            'sampled, λ 3': '--lambda_ee=3',
+            'sampled, λ from 0.6 to 0': '--lambda_ee=0.6 --ee_ramp=down',
+            'sampled, λ from 0 to 0.6': '--lambda_ee=0.6 --ee_ramp=up',
+            'sampled, head detached': '--ee_detach_head=True',
+            'sampled, half distilled': '--ee_distill=0.5',
+            'sampled, adapters': '--ee_adapter=16',
+            'sampled, λ 1, adapters': '--lambda_ee=1 --ee_adapter=16'}.items()} | {
+        'sampled, gentle skipping': 'config/bitskip_h_ee.py --ee_positions=sampled --p_max=0.2',
+        'sampled, gentle skipping, of the last block too':
+            'config/bitskip_h_ee.py --ee_positions=sampled --p_max=0.2 --skip_last=True'}, rates=RATES[:1]),
+    'around': Table('the best recipe (B), less or more one ingredient', {
+        'B: joint training': 'config/compose.py',
+        'no Hadamard': 'config/compose.py --linear=bitlinear',
+        'λ 0.3': 'config/compose.py --lambda_ee=0.3',
+        'λ 3': 'config/compose.py --lambda_ee=3',
+        'late exits weigh more': 'config/compose.py --ee_weighting=late',
+        'all positions': 'config/compose.py --ee_positions=all',
+        'head detached': 'config/compose.py --ee_detach_head=True',
+        'half distilled': 'config/compose.py --ee_distill=0.5',
+        'adapters': 'config/compose.py --ee_adapter=16',
+        'gentle skipping, of the last block too': 'config/compose.py --p_max=0.2 --skip_last=True'},
+        seeds=3, rates=RATES[:1]),
+
+    # -- Paper B, narrow: 24 layers stay 24
+
+    'B': Table("Paper B's variants in both phases", {
+        f'{name}, phase {phase}': f'config/{config}.py{overlay} --n_embd=64 --n_head=4 --n_kv_head=2 --ffn_dim=128'
+        for name, config in (('V1', 'tinystories_v1'), ('V2', 'tinystories_v2'), ('V3', 'tinystories_v3'),
+                             ('Llama3', 'layerskip'))
+        for phase, overlay in ((1, ' config/phase1.py'), (2, ''))}, rates=RATES[:1]),
+}
