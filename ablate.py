@@ -1,5 +1,5 @@
 """
-The papers' experiments: train every cell of a table (experiments.py), then set what we measured beside what they report.
+The papers' experiments (experiments.py): train every cell of a table, then set what we measured beside what they say.
 
     python ablate.py --table=A2 --seeds=3              Paper A's four cells at the scale of two CPU cores
     python ablate.py --table=A2 --scale=paper          the same at Paper A's own scale: needs a GPU

@@ -199,11 +199,11 @@ def bench(scale):
     return ['what', 'ratio', 'target', 'cases: median, peak memory'], rows
 
 
-MAKE = {'bench': bench, 'rates': rates, 'A2': a2, 'A3': a3, 'A4': a4, 'A5': a5, 'price': plain('price'),
+MAKE = {'bench': bench, 'rates': rates, 'A2': a2, 'A3': a3, 'A4': a4, 'A5': a5, 'A6': plain('A6', papers.A6),
+        'A7': plain('A7', papers.A7), 'A8': plain('A8', papers.A8), 'price': plain('price'),
         'cliff': at_exits('cliff', (0, 5, 10, 11)), 'norm': plain('norm'), 'order': plain('order'), 'latent': latent,
         'leak': leak, 'compose': compose, 'ingredients': at_exits('ingredients', (0, 5, 10, 11)),
-        'around': at_exits('around', (0, 5, 10, 11)), 'A6': plain('A6', papers.A6), 'A7': plain('A7', papers.A7), 'A8': plain('A8', papers.A8),
-        'B': at_exits('B', (5, 11, 17, 23), paper=papers.B)}
+        'around': at_exits('around', (0, 5, 10, 11)), 'B': at_exits('B', (5, 11, 17, 23), paper=papers.B)}
 
 
 TITLES = {'bench': 'speed and memory',
