@@ -47,7 +47,8 @@ class Run:
 
     def command(self):
         words = self.arguments.split()
-        configs = [word for word in words if word.endswith('.py')] + ['config/cpu.py'] * (self.scale == 'cpu')
+        configs = [word for word in words if word.endswith('.py')]
+        configs += ['config/cpu.py'] * (self.scale == 'cpu' and not self.base)  # (a finished model is small already)
         flags = [word for word in words if not word.endswith('.py')]
         if self.rate is not None:
             flags += [f'--learning_rate={self.rate:g}']
