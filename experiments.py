@@ -121,8 +121,9 @@ TABLES = {
         'head detached': 'config/compose.py --ee_detach_head=True',
         'half distilled': 'config/compose.py --ee_distill=0.5',
         'adapters': 'config/compose.py --ee_adapter=16',
+        '30% of the tokens leave': 'config/compose.py --ee_leave=0.3',
         'gentle skipping, of the last block too': 'config/compose.py --p_max=0.2 --skip_last=True'},
-        seeds=3, rates=RATES[:1]),
+        seeds=3, rates=RATES[1:2]),
 
     # -- Paper B, narrow: 24 layers stay 24
 

@@ -53,6 +53,7 @@ class BitSkipConfig:
     ee_curriculum: Literal['none', 'rotational', 'gradual'] = 'none'  # LayerSkip: exits in turn, or more and more
     ee_detach_head: bool = False  # exits do not train the shared head
     ee_distill: float = 0.0  # share of an exit's target that is the last layer's prediction instead of the next token
+    ee_leave: float = 0.0  # share of tokens that leave at a random layer in training, too, as some do in decoding
     ee_adapter: int = 0  # rank of each exit's own map in front of the head; 0: none
     exit_norm: Literal['final', 'none'] = 'final'  # exits read norm(h_l) with the final norm, or raw h_l
     p_max: float = 0.0  # layer skipping: the largest probability (A5); 0.7 in Paper A, 0.5 in Paper B
@@ -89,6 +90,7 @@ class BitSkipConfig:
         require(0 <= self.dropout < 1, f'dropout is a probability below 1, got {self.dropout}')
         require(self.gate_dim >= 0, f'gate_dim is at least 0, got {self.gate_dim}')
         require(0 <= self.ee_distill <= 1, f'ee_distill is a share, 0 to 1, got {self.ee_distill}')
+        require(0 <= self.ee_leave <= 1, f'ee_leave is a share, 0 to 1, got {self.ee_leave}')
         require(self.ee_adapter >= 0, f'ee_adapter is at least 0, got {self.ee_adapter}')
         require(self.init_scale > 0, f'init_scale is above 0, got {self.init_scale}')
         for name in ('lambda_ee', 'lambda_q', 'lambda_r'):
@@ -280,9 +282,12 @@ class BitSkip(nn.Module):
             raise ValueError(f'{start + T} tokens do not fit into block_size={self.config.block_size}')
         rope = self.rope(start, T)
         h = self.dropout(self.embedding(idx))
+        leaves = self.leave_at_random(idx) if self.training and self.config.ee_leave else None
         for layer in range(last + 1):
             past = cache.layer(layer) if cache is not None else None
-            h = self.run_block(layer, h, rope, past)
+            before, h = h, self.run_block(layer, h, rope, past)
+            if leaves is not None:
+                h = torch.where(layer > leaves, before, h)
             yield h
         if cache is not None:
             cache.advance(T, depth=last + 1)
@@ -299,6 +304,14 @@ class BitSkip(nn.Module):
         if len(keep) == len(h):
             return block(h, rope)
         return h.index_copy(0, keep, block(h[keep], rope).to(h.dtype))
+
+    def leave_at_random(self, idx):
+        """The layer that each token leaves at in training, any with the same chance for a share ee_leave of them, the
+        last one for the others: (B, T, 1). What left keeps its state, which the blocks above then learn to meet (the
+        state propagation of decode.py), and is asked for the next token there."""
+        last = self.config.n_layer - 1
+        early = torch.rand(*idx.shape, 1) < self.config.ee_leave
+        return torch.where(early, torch.randint(last + 1, early.shape), last).to(idx.device)
 
     def rope(self, start, length):
         return self.rope_cos[start:start + length], self.rope_sin[start:start + length]

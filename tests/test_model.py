@@ -11,6 +11,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.testing import assert_close
 
+import decode
 from decode import KVCache
 from exits import sample_exits
 from model import BitSkip, BitSkipConfig, rope_table, rotate
@@ -646,3 +647,21 @@ def test_agreement_loss_is_cross_entropy_with_agreement(make_model, tokens, kind
     torch.testing.assert_close(loss, expected)
     loss.backward()
     assert {name.split('.')[0] for name, p in model.named_parameters() if p.grad is not None} == {'gates'}
+
+
+def test_tokens_that_leave_in_training_are_those_of_decoding(make_model, tokens, monkeypatch):
+    """Their states above are frozen, and later tokens attend to these, as decode.exit_states has it; evaluation knows
+    nothing of it, and about the share asked for leaves."""
+    model, idx = make_model(linear='fp', n_layer=4, ee_leave=0.5), tokens(4, 16)
+    plain = list(model.hidden_states(idx))
+    monkeypatch.setattr(model, 'leave_at_random', lambda idx: layers[..., None])
+    layers = decode.exit_states(model, idx, 'confidence', 0.2)[1]
+    assert len(layers.unique()) > 2
+    model.train()
+    *_, h = model.hidden_states(idx)
+    torch.testing.assert_close(model.norm(h), decode.exit_states(model, idx, 'confidence', 0.2)[0])
+    monkeypatch.undo()
+    model.eval()
+    assert all(map(torch.equal, model.hidden_states(idx), plain))
+    leaves = model.leave_at_random(torch.zeros(100, 100))
+    assert leaves.unique().tolist() == [0, 1, 2, 3] and (leaves < 3).float().mean() == pytest.approx(0.375, abs=0.03)
