@@ -69,38 +69,32 @@ def experiments(plt, scale):
 
 
 def tradeoff(plt, scale):
-    """Quality against compute: Paper A's exits, its recipe rerun, and every way to leave the composed model early."""
-    figure, (all_of_it, detail) = plt.subplots(1, 2, figsize=(12, 5), constrained_layout=True)
+    """Quality against compute: exits of Paper A, of its recipe rerun and of ours; every way to leave ours early."""
+    figure, (exits, ways) = plt.subplots(1, 2, figsize=(12, 5), constrained_layout=True)
     n = len(papers.A5)
     share = [(layer + 1) / n for layer in range(n)]
-    all_of_it.plot(share, [value / papers.A5[-1] for value in papers.A5], 'ks--', label='Paper A, Table 5')
-    cliff, a2 = results('cliff', scale), results('A2', scale)
+    compose, cliff = results('compose', scale), results('cliff', scale)
+    exits.plot(share, [value / papers.A5[-1] for value in papers.A5], 'ks--', label='Paper A, Table 5')
     for label, several, color in (
-            ("rerun, the authors' labels at the exits", cliff.get('unshifted labels, no norm'), COLORS[1]),
-            ('rerun, shifted labels', a2.get('BitSkip (H+EE)'), COLORS[4])):
+            ("its recipe, the authors' labels at the exits", cliff.get('unshifted labels, no norm'), COLORS[1]),
+            ('its recipe, shifted labels', compose.get("Paper A's recipe"), COLORS[4]),
+            ('A: exits on a finished model', compose.get('A: exits on a finished model'), COLORS[2]),
+            ('B: joint training (config/compose.py)', compose.get('B: joint training'), COLORS[0])):
         if several:
-            band(all_of_it, share, relative_exits(several), color, label, marker='o')
-    named = {'compose': 'B', 'compose_frozen': 'A'}
-    styles = {'fixed': ('o-', COLORS[0]), 'confidence': ('^-', COLORS[2]), 'gate': ('D-', COLORS[3]),
-              'drafts': ('*', COLORS[6])}
-    for path in sorted(Path('results/tradeoff').glob('*.json')):
-        report = json.loads(path.read_text())
-        full = report['points'][report['n_layer'] - 1]['loss']
-        for way, (style, color) in styles.items():
-            points = sorted((p['blocks'] / report['n_layer'], math.exp(p['loss'] - full))
-                            for p in report['points'] if p['way'] == way)
-            if points and path.stem in named:
-                fill = 'none' if named[path.stem] == 'A' else color
-                x, y = zip(*points)
-                detail.plot(x, y, style, color=color, markerfacecolor=fill, label=f'{named[path.stem]}: {way}')
-                if way == 'fixed':
-                    all_of_it.plot(x, y, style, color=color, markerfacecolor=fill, label=f'recipe {named[path.stem]}')
-    detail.axhline(1.01, color='grey', linestyle=':')
-    detail.axvline(0.7, color='grey', linestyle=':')
-    all_of_it.set(title='Fixed exits', yscale='log', ylabel='PPL, times that of full depth',
-                  xlabel='blocks run, share of all')
-    detail.set(title='Ways to leave early', ylim=(0.99, 1.5), xlabel='blocks a token waits for, share of all')
-    decorate(all_of_it, detail)
+            band(exits, share, relative_exits(several), color, label, marker='o')
+    report = json.loads(Path('results/tradeoff.json').read_text())
+    full = report['points'][report['n_layer'] - 1]['loss']
+    for way, marker, color in (('fixed', 'o-', COLORS[0]), ('confidence', '^-', COLORS[2]),
+                               ('saturation', 's-', COLORS[5]), ('gate', 'D-', COLORS[3]), ('drafts', '*', 'k')):
+        points = sorted((p['blocks'] / report['n_layer'], math.exp(p['loss'] - full))
+                        for p in report['points'] if p['way'] == way)
+        ways.plot(*zip(*points), marker, color=color, label=way)
+    ways.axhline(1.01, color='grey', linestyle=':')
+    ways.axvline(0.7, color='grey', linestyle=':')
+    exits.set(title='Fixed exits', yscale='log', ylabel='PPL, times that of full depth',
+              xlabel='blocks run, share of all')
+    ways.set(title='B: ways to leave early', ylim=(0.99, 1.5), xlabel='blocks that a token waits for, share of all')
+    decorate(exits, ways)
     return figure
 
 

@@ -1,8 +1,8 @@
 """
 Quality against compute: what it saves to run fewer blocks, and what it costs.
 
-    python tradeoff.py                                                the newest run
-    python tradeoff.py --out_dir=out/... --json=results/tradeoff/NAME.json
+    python tradeoff.py                                                    the newest run
+    python tradeoff.py --out_dir=out/... --json=results/tradeoff.json     ...and plots.py draws it
 
 Three ways to leave early, each with a knob, are set beside full depth:
 
