@@ -96,12 +96,12 @@ def reading(shape, how='eager', prompt=256, **changes):
 # figures: what a benchmark makes of the seconds of its cases
 
 def ratio(a, b, *_):
-    """Time of A as a multiple of B's."""
+    """Time of the first case as a multiple of the second's."""
     return a / b
 
 
 def speedup(a, b, *_):
-    """How many times faster A is than B."""
+    """How many times faster the first case is than the second."""
     return b / a
 
 
@@ -257,7 +257,8 @@ def main(argv):
     print(here['machine'])
     for name, benchmark in chosen.items():
         result = report['benchmarks'][name] = here | measure(name, benchmark)
-        print(f'\n{name}: {result["figure"]:.2f} (target {result["target"]}) - {result["means"]}', flush=True)
+        target = f' (target {result["target"]})' if result['target'] != '-' else ''
+        print(f'\n{name}: {result["figure"]:.2f}{target}\n  {result["means"]}', flush=True)
         for case, r in result['cases'].items():
             speed = f'{r["tok_per_s"]:8.1f} tok/s' if 'tok_per_s' in r else ''
             print(f'  {case:16} {1000 * r["seconds"]:9.1f} ms {r["peak_mib"]:7.0f} MiB {speed}', flush=True)

@@ -23,6 +23,7 @@ import inspect
 import os
 import re
 import reprlib
+import shutil
 import sys
 import textwrap
 import traceback
@@ -178,13 +179,17 @@ def shown(value):
 
 
 def help_text(cls):
-    """Every setting of `cls` as `--name=default  comment`, under the docstrings of the classes that define them."""
+    """Every setting of `cls` as `--name=default  comment {choice | choice}`, under the docstrings of the classes that
+    define them. As wide as the terminal, but at most 100 columns."""
+    width, hints = min(100, max(60, shutil.get_terminal_size().columns)), typing.get_type_hints(cls)
     lines = [f'usage: python {os.path.basename(sys.argv[0])} [config.py ...] [--setting=value ...]']
     for owner in reversed(cls.__mro__[:-1]):
-        lines += ['', inspect.getdoc(owner)]
+        lines += ['', *textwrap.wrap(inspect.getdoc(owner), width)]
         for line in inspect.getsource(owner).splitlines():
             match = re.match(r'    (\w+): .+? = (.+?)\s+# (.+)', line)
             if match:
                 name, default, comment = match.groups()
-                lines += textwrap.wrap(f'{f"  --{name}={default}":34} {comment}', 100, subsequent_indent=' ' * 35)
+                if typing.get_origin(hints[name]) is typing.Literal:
+                    comment += f' {{{" | ".join(map(str, typing.get_args(hints[name])))}}}'
+                lines += textwrap.wrap(f'{f"  --{name}={default}":34} {comment}', width, subsequent_indent=' ' * 35)
     return '\n'.join(lines)

@@ -47,7 +47,7 @@ import torch
 import checkpoint
 from configurator import UserError, configure, run
 from quant import BitLinear, activation_quant
-from tokenizer import byte_spelling, get_tokenizer
+from tokenizer import byte_spelling, get_tokenizer, last_merge
 
 BLOCK = 256  # codes that share a scale
 NUMBERS = {'F32': 0, 'F16': 1, 'Q8_0': 8, 'TQ1_0': 34, 'TQ2_0': 35}  # GGUF's names for the types of tensors
@@ -173,15 +173,6 @@ def vocabulary(tokenizer):
         'tokenizer.ggml.bos_token_id': tokenizer.eot,
         'tokenizer.ggml.eos_token_id': tokenizer.eot,
         'tokenizer.ggml.add_bos_token': False}
-
-
-def last_merge(token, rank):
-    """The two parts whose merge makes `token` (bytes): what is left of its bytes when all earlier merges are done."""
-    parts = [token[i:i + 1] for i in range(len(token))]
-    while len(parts) > 2:
-        i = min(range(len(parts) - 1), key=lambda i: rank.get(parts[i] + parts[i + 1], len(rank)))
-        parts[i:i + 2] = [parts[i] + parts[i + 1]]
-    return parts
 
 
 # ----------------------------------------------------------------------------------------------------------------------

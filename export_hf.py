@@ -30,7 +30,7 @@ from eval_exits import bits_per_byte, evaluate, measure_speed, perplexity
 from packed import to_ternary
 from prepare import load_meta, load_tokens, prepare
 from runtime import keep_freed_memory
-from tokenizer import byte_spelling, get_tokenizer
+from tokenizer import byte_spelling, get_tokenizer, last_merge
 
 ROOT = Path(__file__).resolve().parent
 CODE = 'modeling_bitskip'
@@ -149,15 +149,6 @@ def hf_tokenizer(tokenizer, block_size):
         padding_side='left',  # so that a batch can be continued
         model_input_names=['input_ids', 'attention_mask'], clean_up_tokenization_spaces=False,
         split_special_tokens=True)  # text is taken literally: no text stands for the end of text
-
-
-def last_merge(token, ranks):
-    """The two parts that BPE makes `token` (bytes) of, in the end: files of merges say this, files of ranks do not."""
-    parts = [bytes([b]) for b in token]
-    while len(parts) > 2:
-        i = min(range(len(parts) - 1), key=lambda i: ranks.get(parts[i] + parts[i + 1], len(ranks)))
-        parts[i:i + 2] = [parts[i] + parts[i + 1]]
-    return parts
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -86,8 +86,12 @@ def metrics_board(name, out_dir, settings, step):
         return show
     if name == 'wandb':
         import wandb
-        board = wandb.init(project='bitskip', name=os.path.basename(out_dir), dir=out_dir, config=settings,
-                           resume='auto')
+        try:
+            board = wandb.init(project='bitskip', name=os.path.basename(out_dir), dir=out_dir, config=settings,
+                               resume='auto')
+        except wandb.Error as error:
+            raise UserError(f'wandb does not start ({str(error).rstrip(".")}); the environment variable '
+                            'WANDB_MODE=offline lets it run without account and network') from None
         return lambda metrics: board.log(metrics, step=metrics['iter'])
     return lambda metrics: None
 

@@ -122,3 +122,12 @@ def byte_spelling():
     one from 256 on. A list, in which byte b is at b."""
     others = iter(range(256, 512))
     return [chr(b) if chr(b).isprintable() and chr(b) != ' ' else chr(next(others)) for b in range(256)]
+
+
+def last_merge(token, ranks):
+    """The two parts that BPE makes `token` (bytes) of, in the end: files of merges say this, files of ranks do not."""
+    parts = [bytes([b]) for b in token]
+    while len(parts) > 2:
+        i = min(range(len(parts) - 1), key=lambda i: ranks.get(parts[i] + parts[i + 1], len(ranks)))
+        parts[i:i + 2] = [parts[i] + parts[i + 1]]
+    return parts

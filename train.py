@@ -472,10 +472,11 @@ def main(argv):
     finished = training.train()
     progress = training.progress
     if finished and math.isfinite(progress['val_loss']):
+        early = f' --exit_layer {max(0, s.n_layer - 2)}' if s.lambda_ee else ''  # else its exits were not trained
         training.say(f'best: {describe(progress["val_loss"], training.meta)}\n'
                      f'after {progress["iter"]} steps and {progress["seconds"] / 60:.1f} minutes; model in '
                      f'{training.path("ckpt.pt")}\nnext:\n'
-                     f'  python sample.py --exit_layer {max(0, s.n_layer - 2)}\n  python eval_exits.py')
+                     f'  python sample.py{early}\n  python eval_exits.py')
     training.module = None  # a DDP wrapper must go before its process group
     training.processes.close()
     return finished

@@ -205,6 +205,17 @@ def test_help_shows_docstrings_in_order(capsys):
     assert [text.index(part) for part in parts] == sorted(text.index(part) for part in parts)
 
 
+@pytest.mark.parametrize('columns, widest', [(80, 80), (300, 100)])
+def test_help_fits_the_terminal_and_lists_choices(columns, widest, capsys, monkeypatch):
+    """It was 100 columns wide on any terminal, and did not say what --dtype could be."""
+    monkeypatch.setenv('COLUMNS', str(columns))
+    with pytest.raises(SystemExit):
+        configure(train_settings(), ['--help'])
+    lines = capsys.readouterr().out.splitlines()
+    assert widest - 3 <= max(map(len, lines)) <= widest
+    assert '{fp | bitlinear | hbitlinear | hadamard_after}' in ' '.join(' '.join(lines).split())
+
+
 SCRIPT = """
 import sys
 from dataclasses import dataclass

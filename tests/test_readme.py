@@ -10,6 +10,8 @@ import pytest
 
 import ablate
 import bench
+import campaign_fuzz
+import campaign_kill
 import eval_exits
 import export_gguf
 import export_hf
@@ -27,7 +29,8 @@ SETTINGS = {'train.py': train.TrainSettings, 'sample.py': sample.SampleSettings,
             'eval_exits.py': eval_exits.EvalSettings, 'pack.py': pack.PackSettings, 'bench.py': bench.BenchSettings,
             'export_gguf.py': export_gguf.ExportSettings, 'export_hf.py': export_hf.ExportSettings,
             'ablate.py': ablate.AblateSettings, 'tables.py': tables.TablesSettings,
-            'tradeoff.py': tradeoff.TradeoffSettings, 'plots.py': plots.PlotsSettings}
+            'tradeoff.py': tradeoff.TradeoffSettings, 'plots.py': plots.PlotsSettings,
+            'tests/campaign_kill.py': campaign_kill.KillSettings, 'tests/campaign_fuzz.py': campaign_fuzz.FuzzSettings}
 WALKTHROUGH = [line for line in README.splitlines() if re.match(r'\| [^|]*(A\d|B\d)', line)]
 COMMANDS = [command for block in re.findall(r'```sh\n(.*?)```', README, re.S) for command in block.splitlines()]
 
@@ -101,9 +104,8 @@ def test_requirements_are_the_named_packages():
 @pytest.mark.parametrize('script', SETTINGS)
 def test_help_lists_every_setting_with_its_comment(script, capsys, monkeypatch):
     monkeypatch.setattr(sys, 'argv', [script])
-    module = sys.modules[script.removesuffix('.py')]
     with pytest.raises(SystemExit) as stop:
-        module.main(['--help'])
+        sys.modules[SETTINGS[script].__module__].main(['--help'])
     lines = capsys.readouterr().out.splitlines()
     assert stop.value.code == 0
     for field in fields(SETTINGS[script]):

@@ -203,6 +203,16 @@ def test_log_to_shows_the_lines_of_the_log(text, monkeypatch):
     assert boards[0].shown == [(entry['iter'], entry) for entry in log()[1:]]
 
 
+def test_log_to_wandb_without_an_account(text, monkeypatch):
+    """wandb's traceback was the answer."""
+    def init(**options):
+        raise OSError('No API key configured.')
+    monkeypatch.setattr(train, 'find_spec', lambda name: True)
+    monkeypatch.setitem(sys.modules, 'wandb', SimpleNamespace(init=init, Error=OSError))
+    with pytest.raises(UserError, match=r'wandb does not start \(No API key configured\); .*WANDB_MODE=offline'):
+        train.main(flags(log_to='wandb'))
+
+
 def test_log_to_tensorboard_shows_each_step_once_after_a_resume(text):
     pytest.importorskip('tensorboard')
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
