@@ -24,6 +24,7 @@ from ablate import compared_runs, loss_of, swept_runs
 from configurator import configure, run
 from experiments import RATES, SEEDS, TABLES
 from model import BitSkip, BitSkipConfig
+from tradeoff import at_compute
 
 README = Path('README.md')
 
@@ -168,6 +169,21 @@ def compose(scale):
             'extra parameters, 86M'], rows
 
 
+def tradeoff(scale):
+    report = json.loads(Path('results/tradeoff.json').read_text())
+    points, n_layer = [p for p in report['points'] if p['knob'] != 'argmax'], report['n_layer']
+    full = points[n_layer - 1]['loss']
+    rows = []
+    for way in ('fixed', 'confidence', 'saturation', 'gate', 'foresight', 'drafts'):
+        row = [way]
+        for share in (0.5, 0.7, 0.9):
+            loss = at_compute(points, way, share * n_layer)
+            agreement = at_compute(points, way, share * n_layer, 'agreement')
+            row.append('-' if loss is None else f'{number(ppl(loss - full))} ×, {100 * agreement:.0f}%')
+        rows.append(row)
+    return ['way to leave early', *(f'{share}% of the blocks' for share in (50, 70, 90))], rows
+
+
 def parameters(arguments):
     """Of the model that this command line trains at the paper's scale."""
     settings = configure(train.TrainSettings, arguments.split())
@@ -202,18 +218,21 @@ def bench(scale):
 MAKE = {'bench': bench, 'rates': rates, 'A2': a2, 'A3': a3, 'A4': a4, 'A5': a5, 'A6': plain('A6', papers.A6),
         'A7': plain('A7', papers.A7), 'A8': plain('A8', papers.A8), 'price': plain('price'),
         'cliff': at_exits('cliff', (0, 5, 10, 11)), 'norm': plain('norm'), 'order': plain('order'), 'latent': latent,
-        'leak': leak, 'compose': compose, 'ingredients': at_exits('ingredients', (0, 5, 10, 11)),
+        'leak': leak, 'compose': compose, 'tradeoff': tradeoff, 'ingredients': at_exits('ingredients', (0, 5, 10, 11)),
         'around': at_exits('around', (0, 5, 10, 11)), 'B': at_exits('B', (5, 11, 17, 23), paper=papers.B)}
 
 
-TITLES = {'bench': 'speed and memory',
+TITLES = {'bench': 'speed and memory', 'tradeoff': 'PPL and agreement with full depth, at a share of its blocks',
           'rates': 'validation PPL after short runs, by learning rate', 'A3': 'latent and ternary weights',
           'A4': 'the ternary weights', 'A5': 'every exit of the model with Hadamard and exits'}
+
+DERIVED = ('rates', 'A3', 'A4', 'A5')  # from the runs of others
 
 
 def markdown(name, scale='cpu'):
     """Table `name`, or '' if nothing has been measured for it."""
-    header, rows = MAKE[name](scale) if name != 'bench' or Path('results/bench.json').exists() else ([], [])
+    own_file = Path('results', f'{name}.json')  # (of those that ablate.py has not measured)
+    header, rows = MAKE[name](scale) if name in TABLES or name in DERIVED or own_file.exists() else ([], [])
     lines = [header, ['---'] * len(header), *rows] if rows else []
     return '\n'.join(f'| {" | ".join(map(str, line))} |' for line in lines)
 

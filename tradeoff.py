@@ -4,13 +4,18 @@ Quality against compute: what it saves to run fewer blocks, and what it costs.
     python tradeoff.py                                                    the newest run
     python tradeoff.py --out_dir=out/... --json=results/tradeoff.json     ...and plots.py draws it
 
-Three ways to leave early, each with a knob, are set beside full depth:
+Four ways to leave early, each with a knob, are set beside full depth:
 
     fixed         every token leaves after block k
     confidence    a token leaves where the likeliest next token has a probability over the threshold (CALM)
     saturation    a token leaves where the last block has changed its state little, cos(h_l, h_(l-1)) over the threshold
     gate          a token leaves where its gate says so (A6); gates that learned to foresee how far the exit agrees with
                   the last layer (gate_loss='agreement', 'overlap') can know, those trained for a mean depth (A9) cannot
+
+one that shows how well a gate could do:
+
+    foresight     a token is read off at the first exit whose distribution overlaps that of full depth by more than the
+                  threshold, or (knob 'argmax') whose likeliest token is the same; all blocks above see its full state
 
 and one that changes nothing but the time:
 
@@ -52,12 +57,15 @@ def measure(model, tokens, thresholds=THRESHOLDS, batch_size=16):
     n_layer = model.config.n_layer
     ways = [('fixed', layer) for layer in range(n_layer)]
     ways += [(way, t) for way in EXIT_MODES if way != 'gate' or model.gates for t in thresholds[way]]
+    foreseen = ('argmax', *thresholds['gate'])
+    decided = len(ways)
+    ways += [('foresight', knob) for knob in foreseen]
     sums = torch.zeros(len(ways), 3, dtype=torch.float64)  # of blocks, loss, agreements
     for idx, targets in windows(tokens, model.config.block_size, batch_size):
         idx, targets = idx.to(model.device), targets.to(model.device)
         all_states = list(model.hidden_states(idx))
         full = torch.cat([model.head(h).argmax(dim=-1) for h in model.norm(all_states[-1]).flatten(0, 1).split(ROWS)])
-        for row, (way, knob) in zip(sums, ways):
+        for row, (way, knob) in zip(sums, ways[:decided]):
             if way == 'fixed':
                 states, layers = model.exit_state(all_states[knob], knob), torch.full_like(idx, knob)
             else:
@@ -67,9 +75,31 @@ def measure(model, tokens, thresholds=THRESHOLDS, batch_size=16):
                 logits = model.head(h).float()
                 row[1] += F.cross_entropy(logits, target, reduction='sum').item()
                 row[2] += (logits.argmax(dim=-1) == choice).sum().item()
+        for row, knob in zip(sums[decided:], foreseen):
+            foresight(model, all_states, targets.flatten(), knob, row)
     sums /= len(tokens) - 1
     return [{'way': way, 'knob': knob, 'blocks': blocks, 'loss': loss, 'agreement': agreement}
             for (way, knob), (blocks, loss, agreement) in zip(ways, sums.tolist())]
+
+
+def foresight(model, states, targets, knob, row):
+    """Add to `row` the blocks, loss and agreements of exits that know what full depth will say."""
+    flat = [h.flatten(0, 1) for h in states]
+    for start in range(0, len(targets), ROWS):
+        chunk = slice(start, start + ROWS)
+        full = model.head(model.norm(flat[-1][chunk])).float()
+        inside = torch.ones_like(targets[chunk], dtype=torch.bool)
+        for layer, h in enumerate(flat):
+            logits = model.head(model.exit_state(h[chunk], layer)).float()
+            if knob == 'argmax':
+                ready = logits.argmax(dim=-1) == full.argmax(dim=-1)
+            else:
+                ready = torch.minimum(logits.softmax(dim=-1), full.softmax(dim=-1)).sum(dim=-1) > knob
+            leaving = inside & (ready | (layer == len(flat) - 1))
+            row[0] += (layer + 1) * leaving.sum().item()
+            row[1] += F.cross_entropy(logits[leaving], targets[chunk][leaving], reduction='sum').item()
+            row[2] += (logits.argmax(dim=-1) == full.argmax(dim=-1))[leaving].sum().item()
+            inside &= ~leaving
 
 
 def measure_drafts(model, tokens):
@@ -85,9 +115,11 @@ def measure_drafts(model, tokens):
     return list(best.values())
 
 
-def at_compute(points, way, blocks):
-    """The loss of `way` at so many blocks a token, between the two measured points that enclose them; None outside."""
-    curve = sorted((p['blocks'], p['loss']) for p in points if p['way'] == way)
+def at_compute(points, way, blocks, what='loss'):
+    """The loss (or agreement) of `way` at so many blocks a token, between the two measured points that enclose them;
+    None outside."""
+    full = max((p for p in points if p['way'] == 'fixed'), key=lambda p: p['blocks'])  # where every threshold ends
+    curve = sorted((p['blocks'], p[what]) for p in [*points, full | {'way': way}] if p['way'] == way)
     for (x0, y0), (x1, y1) in zip(curve, curve[1:]):
         if x0 <= blocks <= x1:
             return y0 + (y1 - y0) * (blocks - x0) / max(x1 - x0, 1e-9)

@@ -20,7 +20,7 @@ import sample
 import tradeoff
 import train
 from configurator import UserError
-from decode import Decoder
+from decode import EXIT_MODES, Decoder
 from quant import weight_ternary
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -292,7 +292,7 @@ def test_tradeoff_counts_what_decoding_does():
         torch.nn.init.normal_(weight)
     tokens = load_tokens('data/text-bytes', 'val')
     points = tradeoff.measure(model, tokens, {'gate': (0.4,), 'confidence': (0.4,), 'saturation': (0.9,)})
-    for point in points[-3:]:
+    for point in [p for p in points if p['way'] in EXIT_MODES]:
         blocks, losses, way = 0, [], point['way']
         assert 1.1 < point['blocks'] < 3.9
         for idx, targets in eval_exits.windows(tokens, 32, 8):
@@ -303,6 +303,24 @@ def test_tradeoff_counts_what_decoding_does():
                 losses.append(F.cross_entropy(logits, target, reduction='none'))
         assert blocks / (len(tokens) - 1) == pytest.approx(point['blocks'], rel=1e-3)
         assert torch.cat(losses).mean().item() == pytest.approx(point['loss'], rel=1e-3)
+
+
+def test_foresight_reads_off_the_first_exit_that_agrees():
+    """By its definition, token by token."""
+    model, _ = checkpoint.load_checkpoint('out/run/ckpt.pt')
+    idx, targets = torch.randint(256, (3, 32)), torch.randint(256, (96,))
+    with torch.no_grad():
+        states = list(model.hidden_states(idx))
+        p = torch.stack([model(idx, exit_layer=layer)[0].flatten(0, 1).softmax(-1) for layer in range(4)])  # (L, N, V)
+        for knob in ('argmax', 0.6):
+            row = torch.zeros(3, dtype=torch.float64)
+            tradeoff.foresight(model, states, targets, knob, row)
+            alike = p.argmax(-1) == p[-1].argmax(-1) if knob == 'argmax' else torch.minimum(p, p[-1]).sum(-1) > knob
+            left = [next(layer for layer in range(4) if alike[layer, n]) for n in range(96)]
+            losses = [-p[layer, n, targets[n]].log().item() for n, layer in enumerate(left)]
+            same = [(p[layer, n].argmax() == p[-1, n].argmax()).item() for n, layer in enumerate(left)]
+            assert 0 < left.count(3) < 96
+            assert row.tolist() == pytest.approx([sum(left) + 96, sum(losses), sum(same)], rel=1e-4)
 
 
 def test_tradeoff_of_drafts_is_exact_and_counts_the_blocks_one_waits_for(points):
@@ -318,7 +336,9 @@ def test_tradeoff_of_drafts_is_exact_and_counts_the_blocks_one_waits_for(points)
 
 def test_loss_at_a_compute_is_read_off_the_curve():
     points = [{'way': 'gate', 'blocks': b, 'loss': loss} for b, loss in ((10, 1.0), (6, 2.0), (8, 1.2))]
+    points += [{'way': 'fixed', 'blocks': 12, 'loss': 0.8}]
     assert tradeoff.at_compute(points, 'gate', 9) == pytest.approx(1.1)
+    assert tradeoff.at_compute(points, 'gate', 11) == pytest.approx(0.9)  # full depth is the end of every curve
     assert tradeoff.at_compute(points, 'gate', 5) is None is tradeoff.at_compute(points, 'fixed', 9)
 
 
