@@ -1,6 +1,6 @@
 # Overlay for two CPU cores and no network: shrinks any recipe and trains it on the embedded text, byte by byte.
-#   python train.py config/bitskip_h_ee.py config/cpu.py
-# 7 minutes on two cores (AMD EPYC, --dtype=bfloat16), 10 on two threads of an Intel Xeon; validation PPL 4.8 to 4.9.
+#   python train.py config/compose.py config/cpu.py
+# 9 minutes on two cores of an AMD EPYC, to a validation PPL of 4.36.
 dataset = 'pydocs'
 block_size = 256
 n_head, n_kv_head = 4, 2
