@@ -156,11 +156,11 @@ static float exponential(float x) {
 // -------------------------------------------------------------------------------------------------------------------
 // the input of a linear
 
-typedef struct {  // as the product reads it, of one token: a cache line, and the codes (or floats) behind it
+typedef struct {  // as the product reads it, of one token: a cache line, and behind it `data`, up to Run.slot_bytes
     float scale;
     int32_t sum;  // of the codes
     char line[56];
-    union { int8_t codes[64]; float floats[16]; };  // and on, to Run.slot_bytes
+    int8_t data[];  // codes, or floats. (With a size here, compilers take it at its word: GCC 14 forgot the zeros.)
 } Slot;
 
 // The FFN's non-linearity: relu(up)^2, or silu(gate) up where `in` holds gate (n) and up (n).
@@ -221,10 +221,10 @@ static void quantize(const float *x, int n, int bits, Slot *slot) {
     int32_t total = 0;
     for (int i = 0; i < n; i++) {
         int32_t code = nearest(x[i] / scale);
-        slot->codes[i] = (int8_t)code;
+        slot->data[i] = (int8_t)code;
         total += code;
     }
-    memset(slot->codes + n, 0, up_to(LANES, n) - n);
+    memset(slot->data + n, 0, up_to(LANES, n) - n);
     slot->scale = scale, slot->sum = total;
 }
 
@@ -464,7 +464,7 @@ INLINE void prepare(Run *run, int t, float *x) {
         memset(x + n, 0, (up_to(LANES, L->cols) - n) * sizeof *x);
         fwht(x, L->cols);
     }
-    if (L->kind == FLOAT) memcpy(slot(run, t)->floats, x, n * sizeof *x);
+    if (L->kind == FLOAT) memcpy(slot(run, t)->data, x, n * sizeof *x);
     else quantize(x, L->cols, L->bits, slot(run, t));
 }
 
@@ -475,7 +475,7 @@ INLINE void multiply_integers(Run *run, int i, int t, Kernel *kernel) {
     int blocks = up_to(LANES, L->cols) / LANES, n = smaller(GROUP, run->T - t), rows = L->rows - i * LANES;
     const int8_t *x[GROUP] = {0};
     int32_t sums[GROUP][LANES];
-    for (int j = 0; j < n; j++) x[j] = slot(run, t + j)->codes;
+    for (int j = 0; j < n; j++) x[j] = slot(run, t + j)->data;
     kernel((const uint8_t *)L->weights + (int64_t)i * blocks * (ternary ? 64 : 256), blocks, x, n, ternary, sums);
     for (int j = 0; j < n; j++) {
         const Slot *s = slot(run, t + j);
@@ -493,7 +493,7 @@ INLINE void multiply_floats(Run *run, int i) {
     for (int r = i * LANES; r < smaller(L->rows, (i + 1) * LANES); r++)
         for (int t = 0; t < run->T; t++) {
             float *out = run->out + (int64_t)t * run->out_stride + r;
-            *out = dot((const float *)L->weights + (int64_t)r * L->cols, slot(run, t)->floats, L->cols)
+            *out = dot((const float *)L->weights + (int64_t)r * L->cols, (const float *)slot(run, t)->data, L->cols)
                    + (run->add ? *out : 0);
         }
 }

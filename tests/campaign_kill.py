@@ -65,7 +65,8 @@ def forked(call, output):
         file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(file, 1)
         os.dup2(file, 2)
-        sys.stdout, sys.stderr = (os.fdopen(fd, 'w', buffering=1) for fd in (1, 2))
+        sys.stdout, sys.stderr = (os.fdopen(fd, 'w', buffering=1, errors=errors)  # as Python opens them
+                                  for fd, errors in ((1, 'strict'), (2, 'backslashreplace')))
         call()
         code = 0
     except SystemExit as error:

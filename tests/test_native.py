@@ -1,6 +1,8 @@
 """Native decoding: the same numbers as in PyTorch, whatever computes them, and a reason wherever it cannot be had."""
 import os
 import re
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -130,6 +132,31 @@ def test_the_head_is_exact_at_the_ends_of_its_range(make):
         for sign in (1.0, -1.0):
             logits = decoder(head='int8', isa=isa).logits(torch.full((1, 32), sign), layer=0)[0]
             assert_close(logits, model.head.weight.detach().sum(1) * sign)
+
+
+SANITIZED = """
+import os, sys, torch, native
+from model import BitSkip, BitSkipConfig
+native.FLAGS += ['-O1', '-fsanitize=undefined,bounds-strict', '-fno-sanitize-recover=all']
+if not native.available()[0]:
+    sys.exit(print('not here:', native.available()[1]))
+model = BitSkip(BitSkipConfig(vocab_size=31, block_size=48, n_layer=2, n_head=3, n_kv_head=3, n_embd=66, ffn_dim=100))
+for isa in range(native.library()[0].best_isa() + 1):
+    decoder = native.Decoder(model, isa=isa)
+    for tokens, mode in (range(20), None), ([5], 'gate'), ([6], 'confidence'):
+        assert decoder.step(list(tokens), exit_mode=mode)[0].isfinite().all()
+print('defined')
+"""
+
+
+def test_behaviour_is_defined(tmp_path):
+    """An index past the declared end of an array worked with GCC 12. GCC 14 then left out the zeros behind an input
+    whose width is no multiple of 16: wrong logits, with AVX-512 alone."""
+    done = subprocess.run([sys.executable, '-c', SANITIZED], capture_output=True, text=True, timeout=300,
+                          env=os.environ | {'PYTHONPATH': str(native.SOURCE.parent), 'XDG_CACHE_HOME': str(tmp_path)})
+    if done.stdout.startswith('not here'):
+        pytest.skip(done.stdout)
+    assert done.stdout == 'defined\n', done.stdout + done.stderr
 
 
 # --------------------------------------------------------------------------------------------------------------------
