@@ -62,8 +62,9 @@ class Processes:
 
 
 def replicate(model):
-    """`model` under DDP. A block that all samples of a process skip has no gradient there: unused, and no hang."""
-    return DistributedDataParallel(model, find_unused_parameters=True)
+    """`model` under DDP. A block that all samples of a process skip has no gradient there: unused, and no hang.
+    Gradients are views of the buckets that are exchanged, not copies, which would be 4 more bytes a parameter."""
+    return DistributedDataParallel(model, find_unused_parameters=True, gradient_as_bucket_view=True)
 
 
 def shard(model, device):
