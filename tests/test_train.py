@@ -272,6 +272,7 @@ def test_estimate_names_the_overlay(text, monkeypatch, capsys):
 
 @pytest.mark.parametrize('names, weights', [
     (['baseline'], 34_603_008 + 512 * 50257), (['bitskip_h_ee'], 34_603_008 + 12 * 512 * 50257),
+    (['compose'], 34_603_008 + 2 * 512 * 50257),
     (['bitskip_h_ee', 'cpu'], 12 * (2 * 128 * 128 + 2 * 128 * 64 + 2 * 128 * 512) + 12 * 128 * 256)])
 def test_estimate_counts_the_products_before_any_data_are_there(names, weights):
     s, _ = train.read_settings([str(ROOT / 'config' / f'{name}.py') for name in names])
