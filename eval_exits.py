@@ -25,7 +25,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 
 import checkpoint
 import papers
@@ -37,8 +36,6 @@ from prepare import load_meta, load_tokens, prepare
 from quant import bit_linears, latent_weights
 from runtime import keep_freed_memory, pick_device
 from speculate import speculate
-
-ROWS = 512  # logits of so many tokens at a time
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -66,16 +63,12 @@ def evaluate(model, tokens, layers=None, batch_size=16, processes=None, unshifte
     device = model.device
     sums = torch.zeros(len(layers) + 1, dtype=torch.float64)
     for i, (idx, targets) in enumerate(windows(tokens, model.config.block_size, batch_size)):
-        if i % world != rank:
-            continue
-        targets = (idx if unshifted else targets).flatten().to(device)
-        for layer, h in enumerate(model.hidden_states(idx.to(device), max(layers))):
-            if layer in layers:
-                rows = model.exit_state(h, layer).flatten(0, 1)
-                for chunk, target in zip(rows.split(ROWS), targets.split(ROWS)):
-                    loss = F.cross_entropy(model.head(chunk).float(), target, reduction='sum')
-                    sums[layers.index(layer)] += loss.item()
-        sums[-1] += len(targets)
+        idx, targets = idx.to(device), (idx if unshifted else targets).to(device)
+        if i % world == rank:
+            sums[:-1] += model.exit_cross_entropy(idx, targets, layers)
+            sums[-1] += targets.numel()
+    if i % world < rank:  # the last round was without this process, and yet: under FSDP a block runs in all or in none
+        model.exit_cross_entropy(idx, targets, layers)
     if processes:
         sums = processes.sum(sums.float().to(device) if device.type == 'mps' else sums.to(device)).cpu()
     return (sums[:-1] / sums[-1]).tolist()

@@ -233,6 +233,7 @@ class BitSkip(nn.Module):
         self.adapters = nn.ModuleList(Adapter(config.n_embd, config.ee_adapter) for _ in range(n_adapters))
         self.skip_probabilities = skip_probabilities(
             config.n_layer, config.p_max, config.skip_schedule, config.skip_normalize, config.skip_last)
+        self.is_sharded = False  # among processes, by FSDP (parallel.py)
         cos, sin = rope_table(config.n_embd // config.n_head, config.block_size, config.rope_theta)
         self.register_buffer('rope_cos', cos, persistent=False)
         self.register_buffer('rope_sin', sin, persistent=False)
@@ -299,6 +300,11 @@ class BitSkip(nn.Module):
         if not self.training or p == 0 or past is not None:
             return block(h, rope, past)
         keep = (torch.rand(len(h)) >= p).nonzero().squeeze(1).to(h.device)  # the samples that do not skip
+        if len(keep) == 0 and self.is_sharded:  # other processes may need the weights that this one has of the block
+            block.eval()  # so run it on a sample (kernels dislike none), let dropout draw nothing, drop the result
+            nothing = block(h[:1], rope)[:0]
+            block.train()
+            return h.index_copy(0, keep, nothing.to(h.dtype))
         if len(keep) == 0:
             return h
         if len(keep) == len(h):
@@ -323,6 +329,18 @@ class BitSkip(nn.Module):
         if is_exit and self.adapters:
             h = self.adapters[layer](h)
         return h if is_exit and self.config.exit_norm == 'none' else self.norm(h)
+
+    def exit_cross_entropy(self, idx, targets, layers, rows=512):
+        """Cross-entropy in nats at each of the exits `layers`, summed over all tokens: (len(layers),) float64, on the
+        CPU. idx and targets (B, T) int64; logits are made of so many `rows` at a time. For evaluation: no gradient."""
+        sums, targets = torch.zeros(len(layers), dtype=torch.float64), targets.flatten()
+        for layer, h in enumerate(self.hidden_states(idx, max(layers))):
+            if layer in layers:
+                states = self.exit_state(h, layer).flatten(0, 1)
+                for chunk, target in zip(states.split(rows), targets.split(rows)):
+                    loss = F.cross_entropy(self.head(chunk).float(), target, reduction='sum')
+                    sums[layers.index(layer)] += loss.item()
+        return sums
 
     def losses(self, h, targets, exit_targets, earlier=None, ee_weights=None):
         """A7: L = CE + lambda_ee L_ee + lambda_q L_quant + lambda_r L_route, as a dict of scalars.

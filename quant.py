@@ -302,7 +302,9 @@ def quantization_loss(model):
         if not layer.frozen:
             codes, scale = layer.ternary()
             errors.append((layer.weight - codes * scale).square().mean())
-    return torch.stack(errors).mean() if errors else torch.zeros((), device=next(model.parameters()).device)
+    loss = torch.stack(errors).mean() if errors else torch.zeros((), device=next(model.parameters()).device)
+    # under FSDP this is the mean over what all processes have of each W (clone: a view would lose the model's hooks)
+    return loss.full_tensor().clone() if hasattr(loss, 'full_tensor') else loss
 
 
 @contextlib.contextmanager

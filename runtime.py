@@ -1,5 +1,5 @@
 """
-The machine under a run: device, precision, memory, its description, and the processes of a torchrun launch.
+The machine under a run: device, precision, memory, its description, and where its metrics show.
 """
 import contextlib
 import ctypes
@@ -9,7 +9,6 @@ import subprocess
 import sys
 
 import torch
-import torch.distributed as dist
 
 from configurator import UserError
 
@@ -94,34 +93,3 @@ def metrics_board(name, out_dir, settings, step):
                             'WANDB_MODE=offline lets it run without account and network') from None
         return lambda metrics: board.log(metrics, step=metrics['iter'])
     return lambda metrics: None
-
-
-class Processes:
-    """The processes that train together: one, or those that torchrun started (gloo on CPU, nccl on CUDA)."""
-
-    def __init__(self, device):
-        self.rank, self.world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
-        self.device = device
-        if self.world > 1:
-            if device.type == 'cuda':
-                self.device = torch.device('cuda', int(os.environ['LOCAL_RANK']))
-                torch.cuda.set_device(self.device)
-            dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo')
-
-    @property
-    def is_main(self):
-        return self.rank == 0
-
-    def sum(self, tensor):
-        """The sum over all processes, in place, the same on each."""
-        if self.world > 1:
-            dist.all_reduce(tensor)
-        return tensor
-
-    def barrier(self):
-        if self.world > 1:
-            dist.barrier()
-
-    def close(self):
-        if self.world > 1:
-            dist.destroy_process_group()

@@ -5,6 +5,7 @@ Train a BitSkip model.
     python train.py config/bitskip_h_ee.py                          Paper A's scale: needs a GPU
     python train.py config/... --init_from=resume                   go on where a run was stopped
     torchrun --nproc_per_node=4 train.py config/bitskip_h_ee.py     four GPUs (or, with gloo, four CPU processes)
+    torchrun --nproc_per_node=4 train.py config/... --fsdp=True     a model too large for each of them (parallel.py)
 
 Step k of a run is a pure function of (settings, weights and optimizer state after k-1 steps, k): every micro-batch
 seeds the random numbers of its data, layer skipping, gates and dropout from (seed, step, micro-batch). So a resumed run
@@ -26,7 +27,6 @@ from typing import Literal
 
 import numpy as np
 import torch
-from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import checkpoint
@@ -34,9 +34,10 @@ from configurator import UserError, configure, run
 from eval_exits import bits_per_byte, evaluate, perplexity
 from exits import curriculum_weights, exit_weights, ramp
 from model import BitSkip, BitSkipConfig
+from parallel import Processes, forget_skipped, gathered, replicate, scattered, shard
 from prepare import default_tokenizer, load_meta, load_tokens, prepare
 from quant import int8_support, latent_weights
-from runtime import Processes, autocast, keep_freed_memory, metrics_board, pick_device, pick_dtype
+from runtime import autocast, keep_freed_memory, metrics_board, pick_device, pick_dtype
 from tokenizer import vocabulary
 
 
@@ -69,6 +70,7 @@ class TrainSettings(BitSkipConfig):
     device: str = 'auto'  # auto, cpu, cuda, cuda:1, mps
     dtype: Literal['auto', 'float32', 'bfloat16'] = 'auto'  # of matrix products; auto: bfloat16 on a GPU that has it
     compile: bool = False  # torch.compile each block
+    fsdp: bool = False  # with torchrun: processes share one model, instead of each having all of it (parallel.py)
     ee_ramp: Literal['none', 'up', 'down'] = 'none'  # lambda_ee grows from 0, or shrinks to 0, over the run
     train_latent: bool = False  # experiment: no straight-through, train W itself and ternarize afterwards
     seed: int = 7  # of everything random
@@ -139,7 +141,10 @@ def make_optimizer(model, s):
 def load_optimizer(optimizer, saved):
     """Take over the moments that the state_dict `saved` holds; learning rate, decay and betas follow the settings.
     ValueError, or others, if they are not those of our parameters."""
-    optimizer.load_state_dict(saved | {'param_groups': optimizer.state_dict()['param_groups']})
+    parameters = dict(enumerate(p for group in optimizer.param_groups for p in group['params']))  # as saved['state']
+    state = {i: {name: scattered(moment, parameters.get(i)) for name, moment in moments.items()}
+             for i, moments in saved['state'].items()}
+    optimizer.load_state_dict({'state': state, 'param_groups': optimizer.state_dict()['param_groups']})
     for p, state in optimizer.state.items():
         shapes = {name: moment.shape for name, moment in state.items()}
         if shapes != {'step': (), 'exp_avg': p.shape, 'exp_avg_sq': p.shape}:
@@ -148,10 +153,13 @@ def load_optimizer(optimizer, saved):
 
 class Interrupts:
     """with Interrupts() as interrupts: Ctrl-C and SIGTERM raise KeyboardInterrupt in here, except inside
-    `with interrupts.held():`, where they wait until it ends."""
+    `with interrupts.held():`, where they wait until it ends. Of several processes (together=True) none stops alone in
+    the middle of what they compute together: they wait until `agree` is called, by all, and raises it in all."""
+
+    def __init__(self, together=False):
+        self.holding, self.pending = int(together), False
 
     def __enter__(self):
-        self.holding, self.pending = False, False
         self.before = {number: signal.signal(number, self.handle) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
@@ -166,11 +174,15 @@ class Interrupts:
 
     @contextmanager
     def held(self):
-        self.holding = True
+        self.holding += 1
         yield
-        self.holding = False
-        if self.pending:
+        self.holding -= 1
+        if self.pending and not self.holding:
             self.pending = False
+            raise KeyboardInterrupt
+
+    def agree(self, processes):
+        if processes.world > 1 and processes.any(self.pending):
             raise KeyboardInterrupt
 
 
@@ -185,6 +197,9 @@ class Run:
         if s.gradient_accumulation_steps % self.world:
             raise UserError(f'gradient_accumulation_steps={s.gradient_accumulation_steps} counts the micro-batches of '
                             f'all processes, so it must be a multiple of their number, {self.world}')
+        if s.fsdp and self.world == 1:
+            raise UserError('--fsdp=True lets several processes share a model: start them with torchrun, as in '
+                            'torchrun --nproc_per_node=2 train.py ... --fsdp=True')
         if not self.processes.is_main:
             self.processes.barrier()  # one process prepares the data, then the others find them there
         folder = prepare(s.dataset, s.tokenizer, s.source, s.data_dir)
@@ -198,7 +213,7 @@ class Run:
         s.vocab_size = self.meta['vocab_size']
         self.s = s
         torch.manual_seed(s.seed)
-        self.model = BitSkip(BitSkipConfig.of(asdict(s))).to(self.device)
+        self.model = BitSkip(BitSkipConfig.of(asdict(s)))
         if s.freeze:
             if not self.model.adapters and not self.model.gates:
                 raise UserError('--freeze=True trains adapters and gates, and this model has none: give it some with '
@@ -206,6 +221,9 @@ class Run:
             self.model.requires_grad_(False)
             self.model.adapters.requires_grad_(True)
             self.model.gates.requires_grad_(True)
+        if s.fsdp:
+            shard(self.model, self.device)
+        self.model.to(self.device)
         self.optimizer = make_optimizer(self.model, s)
         # progress: steps done, the step of the newest evaluation, the best loss, evaluations since then, seconds
         self.progress = {'iter': 0, 'last_eval': 0, 'val_loss': math.inf, 'bad_evals': 0, 'seconds': 0.0}
@@ -229,13 +247,19 @@ class Run:
         with checkpoint.atomic_write(self.log_path, 'w') as file:
             file.write(json.dumps({'settings': asdict(self.s), 'meta': self.meta}) + '\n')
 
+    def load_weights(self, state, strict=True):
+        """model.load_state_dict of whole tensors, of which FSDP takes its part."""
+        ours = self.model.state_dict()
+        return self.model.load_state_dict({name: scattered(weight, ours.get(name)) for name, weight in state.items()},
+                                          strict)
+
     def start_from(self, saved):
         """Take over the weights of a finished model. Adapters and gates may be new; gates that learned to meet a cost
         (A9) are, where they shall learn agreement."""
         state = {name: weight for name, weight in saved['model'].items()
                  if not (name.startswith('gates.') and self.s.gate_loss != 'cost')}
         try:
-            missing, odd = self.model.load_state_dict(state, strict=False)
+            missing, odd = self.load_weights(state, strict=False)
         except RuntimeError as error:
             missing, odd = [], error.args[0].splitlines()[1:]
         odd += [name for name in missing if not name.startswith(('adapters.', 'gates.'))]
@@ -249,7 +273,7 @@ class Run:
             raise UserError(f'the data have changed since {self.path("last.pt")} was written, so the run cannot be '
                             'continued; start a new one, without --init_from=resume')
         try:
-            self.model.load_state_dict(saved['model'])
+            self.load_weights(saved['model'])
             load_optimizer(self.optimizer, saved['optimizer'])
             self.progress = {name: saved['progress'][name] for name in self.progress}
             if min(self.progress.values()) < 0:
@@ -264,11 +288,12 @@ class Run:
                 file.writelines(line + b'\n' for line in kept)
 
     def save(self, name, with_optimizer):
+        state = {'model': self.model.state_dict(), 'settings': asdict(self.s), 'meta': self.meta,
+                 'progress': dict(self.progress)}
+        if with_optimizer:
+            state['optimizer'] = self.optimizer.state_dict()
+        state = gathered(state, keep=self.processes.is_main)  # by all processes
         if self.processes.is_main:
-            state = {'model': self.model.state_dict(), 'settings': asdict(self.s), 'meta': self.meta,
-                     'progress': dict(self.progress)}
-            if with_optimizer:
-                state['optimizer'] = self.optimizer.state_dict()
             checkpoint.save(self.path(name), state)
 
     def log(self, **metrics):
@@ -287,16 +312,17 @@ class Run:
             warnings.filterwarnings('ignore', 'Dynamo detected a call to a `functools.lru_cache`')
             for block in self.model.blocks:
                 block.compile()
-        if self.world > 1:  # a block that all samples of a process skip has no gradient there: unused, and no hang
-            self.module = DistributedDataParallel(self.model, find_unused_parameters=True)
+        if self.world > 1 and not s.fsdp:
+            self.module = replicate(self.model)
         self.bar = tqdm(total=s.max_iters, initial=progress['iter'], disable=None if self.processes.is_main else True,
                         bar_format='{n}/{total} |{bar:12}| {desc} ETA {remaining}', dynamic_ncols=True)
         board = s.log_to if self.processes.is_main else 'none'
         self.show = metrics_board(board, s.out_dir, asdict(s), progress['iter'])
         self.clock = time.perf_counter() - progress['seconds']
-        with Interrupts() as self.interrupts:
+        with Interrupts(together=self.world > 1) as self.interrupts:
             try:
                 while True:
+                    self.interrupts.agree(self.processes)
                     done = progress['iter']
                     is_last = done >= s.max_iters
                     if done > progress['last_eval'] and (is_last or done % s.eval_interval == 0):
@@ -318,7 +344,8 @@ class Run:
         """One optimizer step, and its line in the log."""
         s, done, started = self.s, self.progress['iter'], time.perf_counter()
         losses = self.forward_backward(done)
-        grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), s.grad_clip or math.inf).item()
+        grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), s.grad_clip or math.inf)
+        grad_norm = gathered(grad_norm).item()
         self.require_finite(done, losses['total'], grad_norm)
         lr = get_lr(done, s)
         for group in self.optimizer.param_groups:
@@ -348,13 +375,16 @@ class Run:
         for micro in micros:
             seed_microbatch(s.seed, step, micro)
             idx, targets = get_batch(self.train_tokens, s.batch_size, s.block_size, self.device)
-            synchronize = self.world == 1 or micro == micros[-1]  # exchange gradients once a step
+            # DDP exchanges gradients once a step; FSDP at once, since all of them would not fit anywhere
+            synchronize = self.world == 1 or s.fsdp or micro == micros[-1]
             with nullcontext() if synchronize else self.module.no_sync():
                 latent = latent_weights(self.model) if s.train_latent else nullcontext()
                 with autocast(self.device, s.dtype), latent:
                     _, losses = self.module(idx, targets, return_logits=False, ee_weights=ee_weights)
                 (losses['total'] / len(micros)).backward()
             total = total + torch.stack([loss.detach() for loss in losses.values()])
+        if s.fsdp:
+            forget_skipped(self.model.blocks, self.processes)
         total = self.processes.sum(total) / s.gradient_accumulation_steps
         return dict(zip(losses, total.tolist()))
 
@@ -413,7 +443,7 @@ def training_flops(s):
     """Floating-point operations in the matrix products of the whole run: 2 a weight forward, 4 backward, per token."""
     with torch.device('meta'):
         model = BitSkip(BitSkipConfig.of(asdict(s)))
-    heads = s.n_layer if s.lambda_ee else 1
+    heads = 1 if not s.lambda_ee else 2 if s.ee_positions == 'sampled' else s.n_layer  # as many as read a token
     vocab_size = vocabulary(s.tokenizer or default_tokenizer(s.dataset))  # the data may not be prepared yet
     weights = model.quantizable_parameters() + heads * s.n_embd * vocab_size
     return 6 * weights * s.max_iters * s.gradient_accumulation_steps * s.batch_size * s.block_size
@@ -441,7 +471,7 @@ def read_settings(argv):
         return s, None
     resumes = s.init_from == 'resume'
     saved = checkpoint.load(os.path.join(s.out_dir, 'last.pt') if resumes else os.path.join(s.init_from, 'ckpt.pt'))
-    known = {field.name for field in fields(TrainSettings)}
+    known = {field.name for field in fields(TrainSettings)} - {'fsdp'}  # which is this launch's matter
     base = {key: value for key, value in saved['settings'].items() if key in known} | {'out_dir': s.out_dir}
     flags = [arg for arg in argv if not (resumes and arg.endswith('.py'))]
     return configure(TrainSettings, flags, base), saved
@@ -462,12 +492,14 @@ def main(argv):
             training.start_from(saved)
         if training.processes.is_main:
             training.start()
+    del saved  # three times the model
     training.processes.barrier()
     fast, how = int8_support(training.device.type)
     millions = sum(p.numel() for p in training.model.parameters()) / 1e6
     quantizable = training.model.quantizable_parameters() / 1e6
+    together = f' and {training.world - 1} more, {"FSDP" if s.fsdp else "DDP"}' if training.world > 1 else ''
     training.say(f'{s.out_dir}: {s.linear}, {millions:.1f}M parameters ({quantizable:.1f}M quantizable), '
-                 f'{s.n_layer} layers, on {training.device}, {s.dtype}; '
+                 f'{s.n_layer} layers, on {training.device}{together}, {s.dtype}; '
                  + (how if fast else f'fake quantization in floats, since {how}'))
     finished = training.train()
     progress = training.progress

@@ -7,6 +7,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+import torch
 
 import ablate
 import bench
@@ -31,7 +32,8 @@ SETTINGS = {'train.py': train.TrainSettings, 'sample.py': sample.SampleSettings,
             'ablate.py': ablate.AblateSettings, 'tables.py': tables.TablesSettings,
             'tradeoff.py': tradeoff.TradeoffSettings, 'plots.py': plots.PlotsSettings,
             'tests/campaign_kill.py': campaign_kill.KillSettings, 'tests/campaign_fuzz.py': campaign_fuzz.FuzzSettings}
-WALKTHROUGH = [line for line in README.splitlines() if re.match(r'\| [^|]*(A\d|B\d)', line)]
+WALKTHROUGH = [line for line in README.splitlines() if re.match(r'\| [^|]*\b[AB]\d\b', line)]
+PLAN = README[README.index('### A plan for'):]
 COMMANDS = [command for block in re.findall(r'```sh\n(.*?)```', README, re.S) for command in block.splitlines()]
 
 
@@ -94,6 +96,28 @@ def test_every_flag_in_the_text_exists():
     known = {field.name for settings in SETTINGS.values() for field in fields(settings)}
     for flag in re.findall(r'`--(\w+)', README):
         assert flag in known | {'help'}, flag
+
+
+def test_the_plan_for_paper_b_is_what_the_code_computes():
+    """Parameters, operations, tokens/s, hours and dollars of the plan, from settings, peak and price."""
+    phases = [train.configure(train.TrainSettings, [str(ROOT / 'config/tinystories_v1.py'), '--tokenizer=gpt2', *flags])
+              for flags in (['--lambda_ee=0'], [], ['--ee_positions=sampled'])]
+    with torch.device('meta'):
+        model = train.BitSkip(train.BitSkipConfig.of(vars(phases[0])))
+    everything = sum(p.numel() for p in model.parameters())
+    for count in (everything, model.quantizable_parameters(), model.head.weight.numel()):
+        assert f'{count:,}' in PLAN
+    assert phases[0].gradient_accumulation_steps * phases[0].batch_size == 8 * 8
+    tokens = phases[0].max_iters * 64 * phases[0].block_size
+    for flops in map(train.training_flops, phases):
+        for number in (flops, flops / tokens):
+            assert f'{number:.2e}'.replace('e+0', 'e').replace('e+', 'e') in PLAN
+    rows = re.findall(r'^\| [^|]*, (\d+), \$([\d.]+) \|(.*)\|$', PLAN, re.M)
+    assert len(rows) == 3
+    for peak, price, cells in rows:
+        for s, cell in zip(phases, cells.split('|'), strict=True):
+            hours = train.training_flops(s) / (8 * 0.3 * float(peak) * 1e12) / 3600
+            assert cell.strip() == (f'{tokens / hours / 3.6e6:.0f}k, {hours:.1f} h, ${8 * hours * float(price):.0f}')
 
 
 def test_requirements_are_the_named_packages():
