@@ -39,11 +39,12 @@ import torch.nn.functional as F
 import checkpoint
 from configurator import configure, run
 from decode import EXIT_MODES, exit_states
-from eval_exits import ROWS, measure_speculation, perplexity, table, windows
+from eval_exits import measure_speculation, perplexity, table, windows
 from native import fast_decoder
 from prepare import load_tokens, prepare
 from runtime import commit, keep_freed_memory, machine, pick_device
 
+ROWS = 512  # logits of so many tokens at a time
 THRESHOLDS = {'gate': (0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95),
               'confidence': (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95),
               'saturation': (0.96, 0.97, 0.975, 0.98, 0.985, 0.99, 0.9925, 0.995)}
