@@ -38,10 +38,13 @@ def relative_exits(several):
 
 
 def experiments(plt, scale):
-    """Loss curves, exits, activation spread and weights of Paper A's four cells; spread of Paper B's variants."""
+    """Loss curves, exits, activation spread and weights of Paper A's four cells and ours; spread of Paper B's variants."""
     figure, ((losses, exits, theirs), (weights, spread, spread_b)) = plt.subplots(
         2, 3, figsize=(14, 7), constrained_layout=True)
-    for (label, several), color in zip(results('A2', scale).items(), COLORS):
+    cells = results('A2', scale) | {'config/compose.py': results('compose', scale).get('B: joint training')}
+    for (label, several), color in zip(cells.items(), COLORS):
+        if not several:
+            continue
         steps = smooth([step for step, _ in several[0]['train']])
         band(losses, steps, [smooth([loss for _, loss in r['train']]) for r in several], color, label)
         layers = range(len(several[0]['exits']))
@@ -64,6 +67,8 @@ def experiments(plt, scale):
     spread.set(title='Spread of the activations', xlabel='layer', ylabel='standard deviation of h')
     spread_b.set(title="Paper B's variants", xlabel='layer', ylabel='standard deviation of h', yscale='log')
     weights.set(title='Latent weights, thresholds of A1', xlabel='w / α', ylabel='share of the weights')
+    theirs.set_visible(bool(results('cliff', scale)))
+    spread_b.set_visible(bool(results('B', scale)))
     decorate(losses, exits, theirs, weights, spread, spread_b)
     return figure
 
