@@ -38,7 +38,7 @@ def relative_exits(several):
 
 
 def experiments(plt, scale):
-    """Loss curves, exits, activation spread and weights of Paper A's four cells and ours; spread of Paper B's variants."""
+    """Loss curves, exits, activation spread, weights of Paper A's four cells and ours; spread of Paper B's variants."""
     figure, ((losses, exits, theirs), (weights, spread, spread_b)) = plt.subplots(
         2, 3, figsize=(14, 7), constrained_layout=True)
     cells = results('A2', scale) | {'config/compose.py': results('compose', scale).get('B: joint training')}
