@@ -127,7 +127,7 @@ def main(argv):
         path = Path(s.folder, f'{draw.__name__}.png')
         figure = draw(plt, s.scale)
         with checkpoint.atomic_write(path) as file:
-            figure.savefig(file, format='png', dpi=80)
+            figure.savefig(file, format='png', dpi=80, bbox_inches='tight')  # without the panels that have no data yet
         plt.close(figure)
         print(f'written: {path}')
 
