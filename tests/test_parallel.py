@@ -52,7 +52,7 @@ def observe(training):
         steps.append((losses, {name: None if p.grad is None else gathered(p.grad).clone()
                                for name, p in training.model.named_parameters()}))
     train.get_batch = get_batch
-    val = training.val_tokens[:39 * 32 - 10]  # 38 windows and a rest: 39 batches, 20 of them the first process's
+    val = training.val_tokens[:36 * 32 + 10]  # 36 windows and a rest: 37 batches, 19 of them the first process's
     return {'steps': steps, 'batches': [idx for idx, _ in batches],
             'eval': evaluate(training.model, val, range(3), 1, training.processes)}
 
