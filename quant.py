@@ -118,22 +118,11 @@ class IntegerLinear(torch.autograd.Function):
 
 def float_product(a, b):
     """a b: (m, k), (k, n) -> (m, n). In float32 on a CPU by oneDNN, where there is a choice: MKL, which @ would ask,
-    runs at less than half of that speed on AMD's processors."""
-    if a.device.type == 'cpu' and a.dtype == torch.float32 and ONEDNN:
-        return onednn_product(a, b)
+    runs at less than half of that speed on AMD's processors. (torch.compile knows no way from here to oneDNN.)"""
+    if (ONEDNN and a.device.type == 'cpu' and a.dtype == torch.float32 and a.numel() and b.numel()
+            and not torch.compiler.is_compiling()):
+        return torch.ops.mkldnn._linear_pointwise(a, b.t(), None, 'none', [], '')
     return a @ b
-
-
-@torch.library.custom_op('bitskip::onednn_product', mutates_args=())  # closed to torch.compile, which wants it so
-def onednn_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    if 0 in (*a.shape, *b.shape):
-        return a @ b
-    return torch.ops.mkldnn._linear_pointwise(a, b.t(), None, 'none', [], '')
-
-
-@onednn_product.register_fake
-def _(a, b):
-    return a.new_empty(a.shape[0], b.shape[1])
 
 
 def product(x_codes, x_scale, w_codes, w_scale):
