@@ -11,8 +11,9 @@ one file, results/SCALE/NAME.json, named after its command line: what is there i
 cell share its runs, and a run that was interrupted goes on where it was. Start the command in several terminals, and
 they share the work.
 
-The learning rate decides more than anything that is compared here, so no cell is compared at a rate that suits
-another: each is first trained briefly at several rates, then with every seed at the rate that was best for it.
+The learning rate decides more than anything that is compared here, so that no cell of a table is compared at a rate
+that suits another: each is first trained briefly at several rates, then with every seed at the rate that was best for
+it. (Tables that have one rate only do without.)
 """
 import json
 import math
@@ -87,8 +88,8 @@ def loss_of(result):
 
 
 def swept_runs(table, label, scale):
-    """The runs that find a cell's learning rate."""
-    rates = table.rates if scale == 'cpu' and label not in table.on else ()
+    """The runs that find a cell's learning rate, if there is a choice."""
+    rates = table.rates if scale == 'cpu' and label not in table.on and len(table.rates) > 1 else ()
     return [Run(table.cells[label], rate, SEEDS[0], SHORT, scale) for rate in rates]
 
 
@@ -101,9 +102,10 @@ def compared_runs(table, label, scale, n_seeds):
     results = [run.result() for run in sweep]
     if None in results:
         return []
-    rate = min(zip(results, sweep), key=lambda pair: loss_of(pair[0]), default=(None, None))[1]
+    best = min(zip(results, sweep), key=lambda pair: loss_of(pair[0]), default=(None, None))[1]
+    rate = best.rate if best else table.rates[0] if scale == 'cpu' else None
     seeds = SEEDS[:min(n_seeds, table.seeds)]
-    return [Run(table.cells[label], rate and rate.rate, seed, table.steps, scale) for seed in seeds]
+    return [Run(table.cells[label], rate, seed, table.steps, scale) for seed in seeds]
 
 
 def claim(run):

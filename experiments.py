@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 RATES = (4e-3, 2e-3, 8e-3)  # learning rates of the CPU scale; Paper A's own configs have theirs
 SEEDS = (7, 8, 9, 10, 11)
-SHORT, FULL = 650, 1400  # steps of the CPU scale
+BRIEF, SHORT, FULL = 300, 650, 1400  # steps of the CPU scale
 
 
 @dataclass
@@ -18,7 +18,7 @@ class Table:
     cells: dict
     seeds: int = 1  # at most: how many the question is worth
     steps: int = SHORT  # of the runs that are compared; rates are always compared at SHORT
-    rates: tuple = RATES
+    rates: tuple = RATES  # one: that of all cells
     on: dict = field(default_factory=dict)  # {label: label of the cell whose finished model it starts from}
 
 
@@ -32,24 +32,24 @@ TABLES = {
         'BitSkip (H+EE)': 'config/bitskip_h_ee.py'}, seeds=5, steps=FULL),
     'A6': Table('routing loss, λ_r', {
         value: f'config/bitskip_ee.py --p_max=0.5 --lambda_q=0 --lambda_r={value}'
-        for value in ('0', '0.01', '0.05', '0.1', '0.2')}, rates=RATES[:1]),
+        for value in ('0', '0.01', '0.05', '0.1', '0.2')}, steps=BRIEF, rates=RATES[:1]),
     'A7': Table('quantization loss, λ_q', {
-        value: f'config/bitskip_ee.py --p_max=0.5 --lambda_r=0.05 --lambda_q={value}'
-        for value in ('0', '0.01', '0.05', '0.1', '0.2')}, rates=RATES[:1]),
+        value: f'config/bitskip_ee.py --p_max=0.5 --lambda_q={value} --lambda_r=0.05'
+        for value in ('0', '0.01', '0.05', '0.1', '0.2')}, steps=BRIEF, rates=RATES[:1]),
     'A8': Table('routing, and layer skipping with p_max', {
         'off, 0.7': 'config/bitskip_ee.py --p_max=0.7 --lambda_q=0 --lambda_r=0',
         'off, 0.5': 'config/bitskip_ee.py --p_max=0.5 --lambda_q=0 --lambda_r=0',
         'off, 0.2': 'config/bitskip_ee.py --p_max=0.2 --lambda_q=0 --lambda_r=0',
         'on, 0.7': 'config/bitskip_ee.py --p_max=0.7 --lambda_q=0.05 --lambda_r=0.2',
         'on, 0.5': 'config/bitskip_ee.py --p_max=0.5 --lambda_q=0.05 --lambda_r=0.2',
-        'on, 0.2': 'config/bitskip_ee.py --p_max=0.2 --lambda_q=0.05 --lambda_r=0.2'}, rates=RATES[:1]),
+        'on, 0.2': 'config/bitskip_ee.py --p_max=0.2 --lambda_q=0.05 --lambda_r=0.2'}, steps=BRIEF, rates=RATES[:1]),
 
     # -- what may be behind the papers' figures
 
     'price': Table('ternary against full precision', {
         'full precision': 'config/baseline.py --linear=fp',
         'BitLinear': 'config/baseline.py',
-        'H-BitLinear': 'config/bitskip_h.py'}, seeds=5, steps=FULL),
+        'H-BitLinear': 'config/bitskip_h.py'}, seeds=5, steps=FULL, rates=RATES[:2]),
     'cliff': Table('what makes the cliff of Table A5', {
         'shifted labels, final norm': 'config/bitskip_h_ee.py',
         'shifted labels, no norm': 'config/bitskip_h_ee.py --exit_norm=none',
@@ -62,7 +62,7 @@ TABLES = {
                                 ('RMSNorm', ' --linear_norm=rmsnorm'))
         for scale, scale_flag in ((1, ''), (0.1, ' --init_scale=0.1'))
         for name, arguments in (('BitLinear', 'config/baseline.py'), ('H-BitLinear', 'config/bitskip_h.py'))},
-        rates=RATES[:2]),
+        rates=RATES[:1]),
     'order': Table('Hadamard: where, when, and before how many bits', {
         'none, 8 bits': 'config/baseline.py',
         'before Q, all (A3), 8 bits': 'config/bitskip_h.py',
@@ -72,7 +72,7 @@ TABLES = {
         'before Q, all (A3), 4 bits': 'config/bitskip_h.py --act_bits=4',
         'before Q, o and down, 4 bits': 'config/bitskip_h.py --hadamard_layers=o,down --act_bits=4',
         "after Q, twice (authors'), 4 bits": 'config/bitskip_h.py --linear=hadamard_after --act_bits=4'},
-        seeds=3, rates=RATES[:2]),
+        seeds=3, rates=RATES[:1]),
     'latent': Table('no straight-through: ternarize afterwards (Table A3)', {
         'BitLinear, straight-through': 'config/baseline.py',
         'BitLinear, latent': 'config/baseline.py --train_latent=True',
@@ -118,6 +118,8 @@ TABLES = {
         'λ 3': 'config/compose.py --lambda_ee=3',
         'late exits weigh more': 'config/compose.py --ee_weighting=late',
         'all positions': 'config/compose.py --ee_positions=all',
+        'a quarter of the positions': 'config/compose.py --ee_share=0.25',
+        'an eighth of the positions': 'config/compose.py --ee_share=0.125',
         'head detached': 'config/compose.py --ee_detach_head=True',
         'half distilled': 'config/compose.py --ee_distill=0.5',
         'adapters': 'config/compose.py --ee_adapter=16',

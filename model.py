@@ -50,6 +50,7 @@ class BitSkipConfig:
     lambda_ee: float = 0.0  # weight of the early-exit loss (A7); 0.3 where exits are trained
     ee_weighting: Literal['early', 'late'] = 'early'  # early exits count more (A4) or late ones (B6)
     ee_positions: Literal['all', 'sampled'] = 'all'  # sampled: each exit learns from its own 1/(L-1) of the tokens
+    ee_share: float = 1.0  # sampled: of so many of the tokens, in all; so do gates that foresee
     ee_curriculum: Literal['none', 'rotational', 'gradual'] = 'none'  # LayerSkip: exits in turn, or more and more
     ee_detach_head: bool = False  # exits do not train the shared head
     ee_distill: float = 0.0  # share of an exit's target that is the last layer's prediction instead of the next token
@@ -90,6 +91,9 @@ class BitSkipConfig:
         require(0 <= self.dropout < 1, f'dropout is a probability below 1, got {self.dropout}')
         require(self.gate_dim >= 0, f'gate_dim is at least 0, got {self.gate_dim}')
         require(0 <= self.ee_distill <= 1, f'ee_distill is a share, 0 to 1, got {self.ee_distill}')
+        require(0 < self.ee_share <= 1, f'ee_share is a share, above 0 and up to 1, got {self.ee_share}')
+        require(self.ee_share == 1 or self.ee_positions == 'sampled',
+                f"ee_share={self.ee_share} needs ee_positions='sampled'")
         require(0 <= self.ee_leave <= 1, f'ee_leave is a share, 0 to 1, got {self.ee_leave}')
         require(self.ee_adapter >= 0, f'ee_adapter is at least 0, got {self.ee_adapter}')
         require(self.init_scale > 0, f'init_scale is above 0, got {self.init_scale}')
@@ -370,12 +374,12 @@ class BitSkip(nn.Module):
 
         In training, ee_positions='sampled' deals the tokens out to the exits at random, so that each learns from its
         own share. The mean over a random share is an unbiased estimate of the mean over all, and all exits together
-        cost what one costs."""
+        cost what one costs, or the share `ee_share` of that."""
         exits = [layer for layer, weight in enumerate(weights) if weight]
         if not exits:
             return torch.zeros((), device=targets.device)
         if self.training and self.config.ee_positions == 'sampled':
-            shares = torch.randperm(len(targets)).to(targets.device).tensor_split(len(exits))
+            shares = self.deal(targets, len(exits))
             rows = [states[layer].flatten(0, 1)[share] for layer, share in zip(exits, shares)]
         else:
             shares = [torch.arange(len(targets), device=targets.device)] * len(exits)
@@ -387,6 +391,11 @@ class BitSkip(nn.Module):
         W = self.head.weight.detach() if self.config.ee_detach_head else self.head.weight
         teacher = last.detach().flatten(0, 1)[picked] if distill else None
         return linear_cross_entropy(rows, W, targets[picked], row_weights, teacher, distill)
+
+    def deal(self, tokens, n):
+        """Indices of `tokens`, a share ee_share of them, dealt out at random to n exits: n tensors (about B T / n,)."""
+        n_dealt = max(n, round(self.config.ee_share * tokens.numel()))
+        return torch.randperm(tokens.numel())[:n_dealt].to(tokens.device).tensor_split(n)
 
     def routing_loss(self, states):
         """A9: (E - l*)^2. "On average": the mean over tokens comes before the square."""
@@ -400,7 +409,7 @@ class BitSkip(nn.Module):
         that full depth accepts a token drawn at the exit (speculate.py).
 
         Binary cross-entropy, each gate on its own random share of the tokens; it trains the gates and nothing else."""
-        shares = torch.randperm(last[..., 0].numel()).to(last.device).tensor_split(len(states))
+        shares = self.deal(last[..., 0], len(states))
         losses = []
         for layer, (h, share) in enumerate(zip(states, shares)):
             h = h.detach().flatten(0, 1)[share]
@@ -411,7 +420,8 @@ class BitSkip(nn.Module):
                 else:
                     target = torch.minimum(here.float().softmax(dim=-1), there.float().softmax(dim=-1)).sum(dim=-1)
             p = self.gates[layer](h).clamp(1e-6, 1 - 1e-6)
-            losses.append(-(target * p.log() + (1 - target) * (1 - p).log()).mean())
+            cross_entropy = -(target * p.log() + (1 - target) * (1 - p).log())
+            losses.append(cross_entropy.sum() / max(1, len(share)))
         return torch.stack(losses).mean()
 
     def gate_probabilities(self, states):

@@ -443,7 +443,8 @@ def training_flops(s):
     """Floating-point operations in the matrix products of the whole run: 2 a weight forward, 4 backward, per token."""
     with torch.device('meta'):
         model = BitSkip(BitSkipConfig.of(asdict(s)))
-    heads = 1 if not s.lambda_ee else 2 if s.ee_positions == 'sampled' else s.n_layer  # as many as read a token
+    exits = s.ee_share if s.ee_positions == 'sampled' else s.n_layer - 1
+    heads = 1 + (exits if s.lambda_ee else 0)  # as many as read a token
     vocab_size = vocabulary(s.tokenizer or default_tokenizer(s.dataset))  # the data may not be prepared yet
     weights = model.quantizable_parameters() + heads * s.n_embd * vocab_size
     return 6 * weights * s.max_iters * s.gradient_accumulation_steps * s.batch_size * s.block_size

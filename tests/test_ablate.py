@@ -28,7 +28,8 @@ def test_every_cell_is_a_command_line_of_train(name, scale, monkeypatch):
 
 
 def test_runs_of_different_commands_have_different_files():
-    runs = {run for table in TABLES.values() for label in table.cells for run in ablate.swept_runs(table, label, 'cpu')}
+    runs = {Run(arguments, rate, 7, 650, 'cpu') for table in TABLES.values() for arguments in table.cells.values()
+            for rate in table.rates}
     assert len({tuple(run.command()) for run in runs}) == len({run.path for run in runs}) == len(runs)
 
 
@@ -58,6 +59,12 @@ def test_rates_are_compared_before_seeds(table):
     compared = ablate.compared_runs(table, 'a', 'cpu', 2)
     assert [(run.rate, run.seed, run.steps) for run in compared] == [(sweep[2].rate, 7, 1300), (sweep[2].rate, 8, 1300)]
     assert len(ablate.compared_runs(table, 'a', 'cpu', 5)) == 3  # as many as the table is worth
+
+
+def test_one_rate_needs_no_sweep(table):
+    table.rates = RATES[1:2]
+    assert ablate.swept_runs(table, 'a', 'cpu') == []
+    assert [run.rate for run in ablate.compared_runs(table, 'a', 'cpu', 2)] == [RATES[1]] * 2
 
 
 def test_paper_scale_takes_the_configs_own_rate(table):

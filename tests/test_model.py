@@ -242,10 +242,12 @@ def test_a7_losses_and_gradients_are_the_formulas(make_model, tokens, kind, ee_w
             assert_close(a, b, rtol=1e-3, atol=1e-5)
 
 
-def test_a4_sampled_exits_are_unbiased_in_loss_and_gradient(make_model, tokens):
+@pytest.mark.parametrize('share', [1.0, 0.3])
+def test_a4_sampled_exits_are_unbiased_in_loss_and_gradient(make_model, tokens, share):
     """Each exit learns from its own random share of the tokens; the mean over many draws is A4 on all of them, to
     four standard errors, and no draw is."""
-    exact, sampled = make_model(lambda_ee=1.0), make_model(lambda_ee=1.0, ee_positions='sampled').train()
+    exact = make_model(lambda_ee=1.0)
+    sampled = make_model(lambda_ee=1.0, ee_positions='sampled', ee_share=share).train()
     idx, targets = tokens(4, 8), tokens(4, 8, seed=1)
 
     def loss_and_gradient(model):
