@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 RATES = (4e-3, 2e-3, 8e-3)  # learning rates of the CPU scale; Paper A's own configs have theirs
 SEEDS = (7, 8, 9, 10, 11)
-BRIEF, SHORT, FULL = 300, 650, 1400  # steps of the CPU scale
+BRIEF, SHORT, FULL = 200, 650, 1400  # steps of the CPU scale
 
 
 @dataclass
@@ -133,5 +133,5 @@ TABLES = {
         f'{name}, phase {phase}': f'config/{config}.py{overlay} --n_embd=64 --n_head=4 --n_kv_head=2 --ffn_dim=128'
         for name, config in (('V1', 'tinystories_v1'), ('V2', 'tinystories_v2'), ('V3', 'tinystories_v3'),
                              ('Llama3', 'layerskip'))
-        for phase, overlay in ((1, ' config/phase1.py'), (2, ''))}, rates=RATES[:1]),
+        for phase, overlay in ((1, ' config/phase1.py'), (2, ''))}, steps=400, rates=RATES[:1]),
 }

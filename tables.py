@@ -8,7 +8,6 @@ PPL is per byte on pydocs at the CPU scale, per GPT-2 token in the papers: compa
 a cell has several seeds, "±" is their standard deviation.
 """
 import json
-import math
 import re
 import statistics
 from dataclasses import asdict, dataclass
@@ -20,9 +19,11 @@ import torch
 import checkpoint
 import papers
 import train
-from ablate import compared_runs, loss_of, swept_runs
+from ablate import swept_runs
+from claims import CLAIMS
 from configurator import configure, run
-from experiments import RATES, SEEDS, TABLES
+from experiments import RATES, TABLES
+from measured import final, mean, number, ppl, rate_of, relative, results
 from model import BitSkip, BitSkipConfig
 from tradeoff import at_compute
 
@@ -30,49 +31,7 @@ README = Path('README.md')
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# reading
-
-def results(name, scale):
-    """What the runs of table `name` measured that it compares: {label: list of results, one a seed}; none is left out
-    that is there."""
-    found = {}
-    for label in TABLES[name].cells:
-        done = [run.result() for run in compared_runs(TABLES[name], label, scale, len(SEEDS))]
-        found[label] = [result for result in done if result is not None]
-    return {label: several for label, several in found.items() if several}
-
-
-def rate_of(several):
-    """The learning rate of results, from their command."""
-    match = re.search(r'--learning_rate=(\S+)', several[0]['command'])
-    return match.group(1) if match else "config's"
-
-
-def ppl(loss):
-    return math.exp(min(loss, 700)) if loss is not None else math.nan
-
-
-def mean(several, value):
-    """'mean ± s.d.' of value(result) over the seeds, four figures."""
-    values = [value(result) for result in several]
-    text = number(statistics.mean(values))
-    return text if len(values) == 1 else f'{text} ± {statistics.stdev(values):.2g}'
-
-
-def number(x):
-    return '-' if x is None or x != x else f'{x:,.0f}' if abs(x) >= 10000 else f'{x:.4g}'
-
-
-def final(result):
-    return ppl(loss_of(result))
-
-
-def relative(several, base):
-    return statistics.mean(map(final, several)) / statistics.mean(map(final, base))
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# tables: functions of the scale that return (header, rows)
+# functions of the scale that return (header, rows)
 
 def rates(scale):
     """Validation PPL after the short runs, by learning rate (seed 7)."""
@@ -203,6 +162,16 @@ def latent(scale):
     return ['training', 'latent PPL', 'ternary PPL'], rows
 
 
+def claims(scale):
+    rows = []
+    for claim in CLAIMS:
+        try:
+            rows.append([claim.claim, claim.behind, claim.measured(scale), claim.tables()])
+        except KeyError:  # a cell of it has not been trained
+            pass
+    return ['claim', 'what is behind it', 'here', '`--table`'], rows
+
+
 def bench(scale):
     report = json.loads(Path('results/bench.json').read_text())
     rows = []
@@ -215,18 +184,19 @@ def bench(scale):
     return ['what', 'ratio', 'target', 'cases: median, peak memory'], rows
 
 
-MAKE = {'bench': bench, 'rates': rates, 'A2': a2, 'A3': a3, 'A4': a4, 'A5': a5, 'A6': plain('A6', papers.A6),
-        'A7': plain('A7', papers.A7), 'A8': plain('A8', papers.A8), 'price': plain('price'),
-        'cliff': at_exits('cliff', (0, 5, 10, 11)), 'norm': plain('norm'), 'order': plain('order'), 'latent': latent,
-        'leak': leak, 'compose': compose, 'tradeoff': tradeoff, 'ingredients': at_exits('ingredients', (0, 5, 10, 11)),
-        'around': at_exits('around', (0, 5, 10, 11)), 'B': at_exits('B', (5, 11, 17, 23), paper=papers.B)}
-
-
-TITLES = {'bench': 'speed and memory', 'tradeoff': 'PPL and agreement with full depth, at a share of its blocks',
+FOUR = (0, 5, 10, 11)  # exits of a model of 12 layers
+MAKE = {'bench': bench, 'claims': claims, 'rates': rates, 'A2': a2, 'A3': a3, 'A4': a4, 'A5': a5,
+        'A6': plain('A6', papers.A6), 'A7': plain('A7', papers.A7), 'A8': plain('A8', papers.A8),
+        'price': plain('price'), 'cliff': at_exits('cliff', FOUR), 'norm': plain('norm'), 'order': plain('order'),
+        'latent': latent, 'leak': leak, 'compose': compose, 'tradeoff': tradeoff,
+        'ingredients': at_exits('ingredients', FOUR), 'around': at_exits('around', FOUR),
+        'B': at_exits('B', (5, 11, 17, 23), paper=papers.B)}
+TITLES = {'bench': 'speed and memory', 'claims': "the papers' claims",
+          'tradeoff': 'PPL and agreement with full depth, at a share of its blocks',
           'rates': 'validation PPL after short runs, by learning rate', 'A3': 'latent and ternary weights',
           'A4': 'the ternary weights', 'A5': 'every exit of the model with Hadamard and exits'}
 
-DERIVED = ('rates', 'A3', 'A4', 'A5')  # from the runs of others
+DERIVED = ('claims', 'rates', 'A3', 'A4', 'A5')  # from the runs of others
 
 
 def markdown(name, scale='cpu'):

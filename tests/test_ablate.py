@@ -1,15 +1,18 @@
 """The experiments: their plan is made of valid command lines, runs are done once, and tables say what was measured."""
 import json
 import os
+import re
 import statistics
 from pathlib import Path
 
 import pytest
 
 import ablate
+import measured
 import tables
 import train
 from ablate import Run
+from claims import CLAIMS, Claim
 from experiments import RATES, SHORT, TABLES, Table
 from test_train import TINY, text  # noqa: F401 (a fixture)
 
@@ -97,11 +100,36 @@ def test_table_says_what_was_measured(table, monkeypatch):
             fake_result(run, 2.0)
         for run, loss in zip(ablate.compared_runs(table, label, 'cpu', 3), losses[label]):
             fake_result(run, loss)
-    ppl = [tables.math.exp(loss) for loss in losses['a']]
-    ratio = tables.math.exp(0.9) / statistics.mean(ppl)
+    ppl = [measured.math.exp(loss) for loss in losses['a']]
+    ratio = measured.math.exp(0.9) / statistics.mean(ppl)
     assert tables.markdown('two').splitlines()[2:] == [
         f'| a | 0.004 | 3 | {statistics.mean(ppl):.4g} ± {statistics.stdev(ppl):.2g} | 1 |',
-        f'| b | 0.004 | 1 | {tables.math.exp(0.9):.4g} | {ratio:.4g} |']
+        f'| b | 0.004 | 1 | {measured.math.exp(0.9):.4g} | {ratio:.4g} |']
+
+
+@pytest.mark.parametrize('claim', CLAIMS, ids=lambda claim: claim.claim[:20])
+def test_claims_are_about_cells_that_exist(claim):
+    measurements = re.findall(r'\{(\w+): (.*?)\}', claim.here)
+    assert measurements and '{' not in re.sub(r'\{(\w+): (.*?)\}', '', claim.here)
+    for table, what in measurements:
+        for label in re.split(' / ', re.sub(r' (@ \d+|\| (latent|unshifted))$', '', what)):
+            assert label in TABLES[table].cells or label == '*', label
+
+
+def test_claims_say_what_was_measured(table):
+    """Ratios go seed by seed, each to its partner."""
+    for label, losses in (('a', (1.0, 1.2)), ('b', (0.9, 1.0))):
+        for run in ablate.swept_runs(table, label, 'cpu'):
+            fake_result(run, 2.0)
+        for run, loss in zip(ablate.compared_runs(table, label, 'cpu', 2), losses):
+            fake_result(run, loss)
+    exp = measured.math.exp
+    assert Claim('', '', '{two: b / a}').measured('cpu') == (
+        f'{(exp(-0.1) + exp(-0.2)) / 2:.3f} ± {statistics.stdev((exp(-0.1), exp(-0.2))):.2g}')
+    assert Claim('', '', '{two: b @ 0}, {two: *}').measured('cpu').endswith(
+        f', {(exp(1.0) + exp(1.2)) / (exp(0.9) + exp(1.0)):.3f}')
+    with pytest.raises(KeyError):
+        Claim('', '', '{two: c}').measured('cpu')
 
 
 def test_runs_are_done_once_resumed_and_shared(text, monkeypatch):  # noqa: F811

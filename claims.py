@@ -1,0 +1,93 @@
+"""
+What the papers claim, what we think is behind it, and what came of it here: rows for tables.py.
+
+`here` holds measurements in braces, each a table of experiments.py and what to take from it:
+
+    {A2: H-only / Baseline}     PPL of a cell over that of another, mean ± standard deviation over the seeds
+    {leak: sees the future}     PPL of a cell; `{...: cell | latent}` with latent weights, or of another of its losses
+    {cliff: cell @ 10}          PPL at exit 10 over that of full depth
+    {A6: *}                     the largest PPL of the table over the smallest
+"""
+import re
+import statistics
+from dataclasses import dataclass
+
+from experiments import TABLES
+from measured import final, number, ppl, results
+
+
+@dataclass
+class Claim:
+    claim: str
+    behind: str
+    here: str
+
+    def measured(self, scale):
+        """`here` with its measurements. KeyError if one has not been made."""
+        return re.sub(r'\{(\w+): (.*?)\}', lambda match: measurement(scale, *match.groups()), self.here)
+
+    def tables(self):
+        return ', '.join(dict.fromkeys(re.findall(r'\{(\w+):', self.here)))
+
+
+def measurement(scale, table, what):
+    cells = results(table, scale)
+    if what == '*':
+        values = [statistics.mean(map(final, cells[label])) for label in TABLES[table].cells]
+        return f'{max(values) / min(values):.3f}'
+    if ' / ' in what:
+        a, b = what.split(' / ')
+        return over_seeds([final(one) / final(other) for one, other in zip(cells[a], cells[b])])
+    if ' @ ' in what:
+        label, layer = what.split(' @ ')
+        return over_seeds([ppl(r['exits'][int(layer)] - r['exits'][-1]) for r in cells[label]])
+    label, _, key = what.partition(' | ')
+    value = statistics.mean(ppl(r[key]) if key else final(r) for r in cells[label])
+    return number(value) if value < 1e4 else f'{value:.0e}'.replace('e+0', 'e')
+
+
+def over_seeds(values):
+    """'x ± s.d.', three decimals, or four figures where x is large."""
+    mean = statistics.mean(values)
+    text = f'{mean:.3f}' if mean < 10 else number(mean)
+    return text + (f' ± {statistics.stdev(values):.2g}' if len(values) > 1 else '')
+
+
+CLAIMS = [
+    Claim('Hadamard lowers PPL by 19%: × 0.81 (A, Table 2)',
+          "A3 brings a norm along, and the authors' BitLinear starts from weights a tenth as large. Where both have "
+          'the same norms and weights, only the transform differs',
+          '× {A2: H-only / Baseline}'),
+    Claim('the same', "what the authors' two layers differ in: with and without the transform, a norm in the layer "
+          'and ten times its initial weights',
+          '× {norm: H-BitLinear, LayerNorm, init 1 / BitLinear, no norm, init 0.1}, of which without the transform '
+          '× {norm: BitLinear, LayerNorm, init 1 / BitLinear, no norm, init 0.1}'),
+    Claim('exits cost 10%, with Hadamard 17% (A, Table 2)',
+          "in the authors' code the exits learn the current token, not the next one",
+          '× {A2: EE-only / Baseline}, with Hadamard × {A2: BitSkip (H+EE) / H-only}'),
+    Claim('leaving one layer early is 57 times worse (A, Table 5)', 'the same',
+          'exits that learn the next token: × {cliff: shifted labels, final norm @ 10}, the current one: '
+          '× {cliff: unshifted labels, final norm @ 10}'),
+    Claim('ternary weights make PPL 1.9 to 3.5 times as large (A, Table 3)',
+          'no straight-through: latent weights were trained, and ternarized afterwards',
+          'latent {latent: BitLinear, latent | latent}, ternarized {latent: BitLinear, latent}; if trained through the '
+          'quantizer, ternary {latent: BitLinear, straight-through}'),
+    Claim('PPL 1.13 on TinyStories (B, Table 4)', 'attention without a causal mask',
+          'PPL {leak: sees the future}, with the mask {leak: as it should be}'),
+    Claim('the same', 'unshifted labels, in training and in evaluation',
+          'PPL {leak: unshifted labels | unshifted}, of the next token {leak: unshifted labels}'),
+    Claim('Hadamard ruins: PPL 428 instead of 1.13 (B, V3 against V1)',
+          "the authors' code transforms after the quantizer, without normalization, and the output once more",
+          "theirs × {order: after Q, twice (authors'), 8 bits / none, 8 bits}, before the quantizer (A3) "
+          '× {order: before Q, all (A3), 8 bits / none, 8 bits}'),
+    Claim('behind a Hadamard transform 4 bits are enough for activations (B, V2; BitNet v2)',
+          'it spreads outliers, so that few levels suffice',
+          '4 bits against 8: × {order: none, 4 bits / none, 8 bits} without, '
+          '× {order: before Q, all (A3), 4 bits / before Q, all (A3), 8 bits} with'),
+    Claim('1.58 bits cost 4% (best published, 700M parameters)', '-', '× {price: BitLinear / full precision}'),
+    Claim('λ_r = 0.2 is best, by up to 3% (A, Table 6)', 'one seed each, which differ by as much',
+          'worst over best {A6: *}'),
+    Claim('λ_q = 0.05 is best, by up to 2% (A, Table 7)', 'the same', 'worst over best {A7: *}'),
+    Claim('the more layers are skipped the better, by up to 3% (A, Table 8)', 'runs of 500 steps',
+          'worst over best {A8: *}; p_max 0.2 against 0.7, no routing: × {A8: off, 0.2 / off, 0.7}'),
+]

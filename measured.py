@@ -1,0 +1,46 @@
+"""What ablate.py measured (results/SCALE/*.json), read back: by table and cell, and as numbers to print."""
+import math
+import re
+import statistics
+
+from ablate import compared_runs, loss_of
+from experiments import SEEDS, TABLES
+
+
+def results(name, scale):
+    """What the runs of table `name` measured that it compares: {label: list of results, one a seed}; none is left out
+    that is there."""
+    found = {}
+    for label in TABLES[name].cells:
+        done = [run.result() for run in compared_runs(TABLES[name], label, scale, len(SEEDS))]
+        found[label] = [result for result in done if result is not None]
+    return {label: several for label, several in found.items() if several}
+
+
+def rate_of(several):
+    """The learning rate of results, from their command."""
+    match = re.search(r'--learning_rate=(\S+)', several[0]['command'])
+    return match.group(1) if match else "config's"
+
+
+def ppl(loss):
+    return math.exp(min(loss, 700)) if loss is not None else math.nan
+
+
+def mean(several, value):
+    """'mean ± s.d.' of value(result) over the seeds, four figures."""
+    values = [value(result) for result in several]
+    text = number(statistics.mean(values))
+    return text if len(values) == 1 else f'{text} ± {statistics.stdev(values):.2g}'
+
+
+def number(x):
+    return '-' if x is None or x != x else f'{x:,.0f}' if abs(x) >= 10000 else f'{x:.4g}'
+
+
+def final(result):
+    return ppl(loss_of(result))
+
+
+def relative(several, base):
+    return statistics.mean(map(final, several)) / statistics.mean(map(final, base))
