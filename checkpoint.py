@@ -90,6 +90,8 @@ def load(path, device='cpu'):
     model = checkpoint['model']
     if not (isinstance(model, dict) and all(isinstance(name, str) and torch.is_tensor(model[name]) for name in model)):
         raise UserError(f'{path} is a checkpoint of another model or program: it should hold weights by name')
+    if not all(t.layout == torch.strided and not t.is_meta and not t.is_complex() for t in tensors(checkpoint)):
+        raise UserError(f'{path} is a checkpoint of another program: its tensors are sparse, complex or empty shells')
     for part, types in TYPES.items():
         try:
             json.dumps(checkpoint[part])  # plain values only
@@ -99,6 +101,14 @@ def load(path, device='cpu'):
         if wrong:
             raise UserError(f'{path} is a checkpoint of another model or program: see {wrong[0]} in its {part}')
     return checkpoint
+
+
+def tensors(tree):
+    """All tensors in nested dicts and lists, one after another."""
+    if torch.is_tensor(tree):
+        yield tree
+    for branch in tree.values() if isinstance(tree, dict) else tree if isinstance(tree, (list, tuple)) else ():
+        yield from tensors(branch)
 
 
 def told(part, *keys):

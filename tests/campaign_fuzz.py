@@ -345,7 +345,8 @@ def campaign(s, folder):
         wrong = verdict(code, errors) if os.path.exists('errors') else f'the case itself failed: {output}'
         counts[target, 'answered' if code == 0 else 'refused' if code == 2 else 'failed'] += 1
         if wrong or s.verbose:
-            print(f'{target}, seed {seed}: {wrong or "fine"}\n  {output[:400]}\n  {errors[-1500:]}', flush=True)
+            errors = errors if len(errors) < 1500 else f'{errors[:200]}\n  ...{errors[-1300:]}'
+            print(f'{target}, seed {seed}: {wrong or "fine"}\n  {output[:400]}\n  {errors}', flush=True)
         if wrong:
             failures.append(seed)
         os.chdir(folder)

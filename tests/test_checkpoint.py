@@ -130,6 +130,17 @@ def test_file_of_another_program(checkpoint, path, missing):
         load(path)
 
 
+@pytest.mark.parametrize('change', [torch.Tensor.to_sparse, lambda t: t.to('meta'), lambda t: t.to(torch.complex64)])
+@pytest.mark.parametrize('part', ['model', 'optimizer'])
+def test_tensors_of_kinds_that_no_run_has(checkpoint, path, part, change):
+    """Sparse moments of the optimizer once got as far as a step."""
+    odd = change(torch.ones(2, 3))
+    checkpoint[part] = {'embedding.weight': odd} if part == 'model' else {'state': {0: {'exp_avg': odd}}}
+    save(path, checkpoint)
+    with pytest.raises(UserError, match='sparse, complex or empty'):
+        load(path)
+
+
 class Bomb:
     def __init__(self, mark):
         self.mark = mark
