@@ -126,6 +126,10 @@ TABLES = {
         '30% of the tokens leave': 'config/compose.py --ee_leave=0.3',
         'gentle skipping, of the last block too': 'config/compose.py --p_max=0.2 --skip_last=True'},
         seeds=3, rates=RATES[1:2]),
+    'share': Table('how many tokens the exits need in a step', {
+        f'{8 * 256 * more:,} tokens a step, exits learn from {share}': f'config/compose.py{batch}{flag}'
+        for more, batch in ((1, ''), (4, ' --batch_size=32'))
+        for share, flag in (('all', ''), ('1/4', ' --ee_share=0.25'))}, steps=300, rates=RATES[1:2]),
 
     # -- Paper B, narrow: 24 layers stay 24
 

@@ -17,4 +17,5 @@ B = {'V1, phase 1': (14701.50, 4330.83, 2478.66, 1966.49), 'V1, phase 2': (None,
      'V2, phase 1': (65109.99, 49916.51, 41969.68, 26048.98), 'V2, phase 2': (None, None, 301.67, 210.24),  # 18 and 24
      'V3, phase 2': (None, None, 481.60, 427.94),  # blocks; Tables 3 and 4
      'Llama3, phase 1': (12471.16, 3059.27, 1246.45, 846.34), 'Llama3, phase 2': (None, None, 1.77, 1.19)}
+B_SPREAD = {'V1': 2.2, 'V3': (1.3, 1.5)}  # standard deviation of activations: V1 after 24 blocks, V3 anywhere (B 5.3)
 CELLS = {(False, False): 'Baseline', (True, False): 'H-only', (False, True): 'EE-only', (True, True): 'BitSkip (H+EE)'}

@@ -59,6 +59,8 @@ def experiments(plt, scale):
         phase = 1 if label.endswith('1') else 2
         band(spread_b, range(len(several[0]['activation_std'])), [r['activation_std'] for r in several],
              COLORS[i // 2], label, linestyle={1: '--', 2: '-'}[phase])
+    spread_b.plot(23, papers.B_SPREAD['V1'], 'o', color=COLORS[0], label='V1, as Paper B has it')
+    spread_b.axhspan(*papers.B_SPREAD['V3'], color=COLORS[2], alpha=0.15, label='V3, as Paper B has it')
     for threshold in (-0.5, 0.5):
         weights.axvline(threshold, color='grey', linestyle=':')
     losses.set(title='Training loss', xlabel='step', ylabel='nats per byte', ylim=(None, 3.5))

@@ -190,6 +190,7 @@ MAKE = {'bench': bench, 'claims': claims, 'rates': rates, 'A2': a2, 'A3': a3, 'A
         'price': plain('price'), 'cliff': at_exits('cliff', FOUR), 'norm': plain('norm'), 'order': plain('order'),
         'latent': latent, 'leak': leak, 'compose': compose, 'tradeoff': tradeoff,
         'ingredients': at_exits('ingredients', FOUR), 'around': at_exits('around', FOUR),
+        'share': at_exits('share', FOUR),
         'B': at_exits('B', (5, 11, 17, 23), paper=papers.B)}
 TITLES = {'bench': 'speed and memory', 'claims': "the papers' claims",
           'tradeoff': 'PPL and agreement with full depth, at a share of its blocks',
