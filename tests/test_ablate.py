@@ -54,8 +54,10 @@ def table(tmp_path, monkeypatch):
 
 def test_rates_are_compared_before_seeds(table):
     """First every rate briefly, then every seed at the best of them; a rate that diverged is never the best."""
+    assert [run.rate for run in ablate.swept_runs(table, 'a', 'cpu')] == list(RATES)
+    table.rates = (4e-3, 1e-3, 2e-3)
     sweep = ablate.swept_runs(table, 'a', 'cpu')
-    assert [run.rate for run in sweep] == list(RATES) and {run.steps for run in sweep} == {SHORT}
+    assert [run.rate for run in sweep] == list(table.rates) and {run.steps for run in sweep} == {SHORT}
     for run, loss in zip(sweep, (1.7, None, 1.5)):
         assert ablate.compared_runs(table, 'a', 'cpu', 3) == []
         fake_result(run, loss)
