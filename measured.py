@@ -35,7 +35,10 @@ def mean(several, value):
 
 
 def number(x):
-    return '-' if x is None or x != x else f'{x:,.0f}' if abs(x) >= 10000 else f'{x:.4g}'
+    """Four figures, all before the decimal point, or two and a power of ten."""
+    if x is None or x != x:
+        return '-'
+    return f'{x:.1e}'.replace('e+0', 'e').replace('e+', 'e') if x >= 1e7 else f'{x:,.0f}' if x >= 1e4 else f'{x:.4g}'
 
 
 def final(result):
