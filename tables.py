@@ -2,7 +2,8 @@
 The papers' tables, made from what ablate.py measured (results/SCALE/*.json), as Markdown. Their figures: plots.py.
 
     python tables.py                        print all that can be made from the results there are
-    python tables.py --readme=True          write them into the README, between <!-- table: NAME --> and <!-- end -->
+    python tables.py --readme=True          write them into README.md and RESULTS.md, between their marks,
+                                            <!-- table: NAME --> and <!-- end -->
 
 PPL is per byte on pydocs at the CPU scale, per GPT-2 token in the papers: compare columns of ratios, not of PPL. Where
 a cell has several seeds, "±" is their standard deviation.
@@ -27,7 +28,7 @@ from measured import final, mean, number, ppl, rate_of, relative, results
 from model import BitSkip, BitSkipConfig
 from tradeoff import at_compute
 
-README = Path('README.md')
+PAGES = Path('README.md'), Path('RESULTS.md')
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -219,7 +220,7 @@ def update(text, scale='cpu'):
 class TablesSettings:
     """Makes the papers' tables from what ablate.py measured."""
     scale: Literal['cpu', 'paper'] = 'cpu'  # whose results
-    readme: bool = False  # write the tables into README.md, too
+    readme: bool = False  # write the tables into README.md and RESULTS.md, too
 
 
 def main(argv):
@@ -227,9 +228,9 @@ def main(argv):
     for name in MAKE:
         if text := markdown(name, s.scale):
             print(f'\n{name}: {TITLES.get(name) or TABLES[name].title}\n{text}')
-    if s.readme:
-        text = update(README.read_text(), s.scale)
-        with checkpoint.atomic_write(README, 'w') as file:
+    for page in PAGES if s.readme else ():
+        text = update(page.read_text(), s.scale)
+        with checkpoint.atomic_write(page, 'w') as file:
             file.write(text)
 
 

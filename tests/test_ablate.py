@@ -178,8 +178,9 @@ def test_diverged_runs_are_results(table, monkeypatch):
     assert run.result()['exits'] == [] and ablate.loss_of(run.result()) == float('inf')
 
 
-def test_readme_tables_are_the_results(monkeypatch):
-    """Every number in the README's tables is the one in results/."""
+@pytest.mark.parametrize('page', tables.PAGES, ids=str)
+def test_readme_tables_are_the_results(monkeypatch, page):
+    """Every number in the tables of README.md and RESULTS.md is the one in results/."""
     monkeypatch.chdir(ROOT)
-    readme = (ROOT / 'README.md').read_text()
-    assert tables.update(readme) == readme, 'python tables.py --readme=True writes them anew'
+    written = page.read_text()
+    assert '<!-- table: ' in written and tables.update(written) == written, 'python tables.py --readme=True writes them anew'
