@@ -4,9 +4,10 @@ A GGUF file in llama.cpp against the model that it was made of: logits, PPL and 
     python tests/compare_llama_cpp.py --out_dir=out/arcee-cpu
     python tests/compare_llama_cpp.py --out_dir=out/arcee-cpu --gguf=exit1.gguf --exit_layer=1
 
-Needs llama-cpp-python, which builds llama.cpp with the C++ compiler at hand. That takes too long for the tests, so this
-is run by hand. Windows of the validation split are given to both, each from an empty cache.
+Run by hand. Needs cyllama, a binding of llama.cpp that comes compiled (pip install cyllama==0.2.18). Windows of the
+validation split are given to both, each from an empty cache.
 """
+import importlib.util
 import os
 import sys
 from dataclasses import dataclass
@@ -34,15 +35,43 @@ class CompareSettings:
     greedy: int = 200  # tokens that both continue a prompt by
 
 
+class Llama:
+    """A GGUF file in llama.cpp, that may read on from what it has read."""
+
+    def __init__(self, path, n_ctx):
+        from cyllama.llama import llama_cpp
+        self.cpp, self.n_read = llama_cpp, 0
+        params = llama_cpp.LlamaContextParams()
+        params.n_ctx = params.n_batch = params.n_ubatch = n_ctx
+        params.n_threads = params.n_threads_batch = 1
+        self.model = llama_cpp.LlamaModel(path)
+        self.context = llama_cpp.LlamaContext(self.model, params)
+
+    def forget(self):
+        self.context.kv_cache_clear()
+        self.n_read = 0
+
+    def read(self, tokens):
+        """Logits (n, V) after each of `tokens`, a list of n."""
+        batch = self.cpp.LlamaBatch(n_tokens=len(tokens), embd=0, n_seq_max=1)
+        for i, token in enumerate(tokens):
+            batch.add(token, self.n_read + i, [0], True)
+        self.context.decode(batch)
+        self.n_read += len(tokens)
+        return torch.tensor([self.context.get_logits_ith(i) for i in range(len(tokens))])
+
+    def tokenize(self, text):
+        return self.model.get_vocab().tokenize(text, False, False)
+
+
 @torch.no_grad()
 def compare(model, llm, tokens, layer, windows):
     """Both models' logits on the same windows: prints how far they are apart."""
     T, difference, kl, same, losses = model.config.block_size, [], [], [], []
     for window in torch.from_numpy(tokens[:windows * T].astype(np.int64)).view(windows, T):
         ours = model(window[None], exit_layer=layer)[0][0]
-        llm.reset()
-        llm.eval(window.tolist())
-        theirs = torch.from_numpy(llm.scores[:T].copy())
+        llm.forget()
+        theirs = llm.read(window.tolist())
         difference.append((ours - theirs).abs())
         kl.append(F.kl_div(theirs.log_softmax(-1), ours.log_softmax(-1), log_target=True, reduction='none').sum(-1))
         same.append((ours.argmax(-1) == theirs.argmax(-1)).float())
@@ -57,33 +86,29 @@ def compare(model, llm, tokens, layer, windows):
 def greedy(model, llm, prompt, n, layer):
     """How many greedy tokens are the same until the first that is not, of n."""
     ours = model.generate(torch.tensor([prompt]), n, temperature=0, exit_layer=layer)[0, len(prompt):].tolist()
-    llm.reset()
-    llm.eval(prompt)
-    theirs = []
+    llm.forget()
+    theirs, unread = [], prompt
     for _ in range(n):
-        theirs.append(int(llm.scores[llm.n_tokens - 1].argmax()))
-        llm.eval(theirs[-1:])
+        unread = [llm.read(unread)[-1].argmax().item()]
+        theirs += unread
     return next((i for i, (a, b) in enumerate(zip(ours, theirs)) if a != b), n)
 
 
 def main(argv):
     s = configure(CompareSettings, argv)
-    try:
-        import llama_cpp
-    except ImportError:
-        raise UserError('this needs llama.cpp: pip install llama-cpp-python') from None
+    if not importlib.util.find_spec('cyllama'):
+        raise UserError('this needs llama.cpp: pip install cyllama==0.2.18')
     out_dir = checkpoint.find_run(s.out_dir)
     model, settings = checkpoint.load_checkpoint(os.path.join(out_dir, 'ckpt.pt'), torch.device('cpu'))
     model.eval()
     layer = model.config.n_layer - 1 if s.exit_layer == -1 else s.exit_layer
-    llm = llama_cpp.Llama(os.path.join(out_dir, s.gguf), n_ctx=model.config.block_size, n_batch=model.config.block_size,
-                          n_threads=1, logits_all=True, verbose=False)
+    llm = Llama(os.path.join(out_dir, s.gguf), model.config.block_size)
     tokens = load_tokens(prepare(*checkpoint.told(settings, *checkpoint.DATA)), 'val')
     compare(model, llm, tokens, layer, s.windows)
     encoder = get_tokenizer(settings['tokenizer'] or settings['meta']['tokenizer'])
     for text in ('Return the', 'def f(x):\n', 'The module', 'Raises ValueError', 'naïve 日本'):
         prompt = encoder.encode(text)
-        there = llm.tokenize(text.encode(), add_bos=False)
+        there = llm.tokenize(text)
         print(f'{text!r}: {"the same" if there == prompt else "OTHER"} tokens; greedy text the same for '
               f'{greedy(model, llm, prompt, min(s.greedy, model.config.block_size - len(prompt)), layer)} tokens')
 
