@@ -40,11 +40,13 @@ class Llama:
 
     def __init__(self, path, n_ctx):
         from cyllama.llama import llama_cpp
-        self.cpp, self.n_read = llama_cpp, 0
+
+        class Model(llama_cpp.LlamaModel):
+            n_vocab = property(lambda self: self.get_vocab().n_vocab)  # cyllama 0.2.18 lacks it, and asks for it
         params = llama_cpp.LlamaContextParams()
         params.n_ctx = params.n_batch = params.n_ubatch = n_ctx
         params.n_threads = params.n_threads_batch = 1
-        self.model = llama_cpp.LlamaModel(path)
+        self.cpp, self.model, self.n_read = llama_cpp, Model(path), 0
         self.context = llama_cpp.LlamaContext(self.model, params)
 
     def forget(self):
