@@ -13,6 +13,7 @@ import ablate
 import bench
 import campaign_fuzz
 import campaign_kill
+import compare_llama_cpp
 import eval_exits
 import export_gguf
 import export_hf
@@ -31,7 +32,8 @@ SETTINGS = {'train.py': train.TrainSettings, 'sample.py': sample.SampleSettings,
             'export_gguf.py': export_gguf.ExportSettings, 'export_hf.py': export_hf.ExportSettings,
             'ablate.py': ablate.AblateSettings, 'tables.py': tables.TablesSettings,
             'tradeoff.py': tradeoff.TradeoffSettings, 'plots.py': plots.PlotsSettings,
-            'tests/campaign_kill.py': campaign_kill.KillSettings, 'tests/campaign_fuzz.py': campaign_fuzz.FuzzSettings}
+            'tests/campaign_kill.py': campaign_kill.KillSettings, 'tests/campaign_fuzz.py': campaign_fuzz.FuzzSettings,
+            'tests/compare_llama_cpp.py': compare_llama_cpp.CompareSettings}
 WALKTHROUGH = [line for line in README.splitlines() if re.match(r'\| [^|]*\b[AB]\d\b', line)]
 PLAN = README[README.index('### A plan for'):]
 COMMANDS = [command for block in re.findall(r'```sh\n(.*?)```', README, re.S) for command in block.splitlines()]
