@@ -65,11 +65,11 @@ CLAIMS = [
     Claim('exits cost 10%, with Hadamard 17% (A, Table 2)',
           "unknown; exits that learn the current token, as in the authors' code, do no harm to full depth here either",
           "× {A2: EE-only / Baseline}, with Hadamard × {A2: BitSkip (H+EE) / H-only}; with the authors' labels "
-          'at the exits × {cliff: unshifted labels, no norm / shifted labels, final norm} of that'),
+          'at the exits × {cliff: unshifted labels, final norm / shifted labels, final norm} of that'),
     Claim('leaving one layer early is 57 times worse (A, Table 5)',
           "in the authors' code the exits learn the current token, not the next one",
           'exits that learn the next token: × {cliff: shifted labels, final norm @ 10}, the current one: '
-          '× {cliff: unshifted labels, no norm @ 10}'),
+          '× {cliff: unshifted labels, final norm @ 10}'),
     Claim('ternary weights make PPL 1.9 to 3.5 times as large (A, Table 3)',
           'no straight-through: latent weights were trained, and ternarized afterwards',
           'latent {latent: BitLinear, latent | latent}, ternarized {latent: BitLinear, latent}; if trained through the '

@@ -49,7 +49,7 @@ TABLES = {
     'price': Table('ternary against full precision', {
         'full precision': 'config/baseline.py --linear=fp',
         'BitLinear': 'config/baseline.py',
-        'H-BitLinear': 'config/bitskip_h.py'}, seeds=5, steps=FULL),
+        'H-BitLinear': 'config/bitskip_h.py'}),
     'cliff': Table('what makes the cliff of Table A5', {
         'shifted labels, final norm': 'config/bitskip_h_ee.py',
         'shifted labels, no norm': 'config/bitskip_h_ee.py --exit_norm=none',

@@ -83,7 +83,7 @@ def tradeoff(plt, scale):
     compose, cliff = results('compose', scale), results('cliff', scale)
     exits.plot(share, [value / papers.A5[-1] for value in papers.A5], 'ks--', label='Paper A, Table 5')
     for label, several, color in (
-            ("its recipe, the authors' labels at the exits", cliff.get('unshifted labels, no norm'), COLORS[1]),
+            ("its recipe, the authors' labels at the exits", cliff.get('unshifted labels, final norm'), COLORS[1]),
             ('its recipe, shifted labels', compose.get("Paper A's recipe"), COLORS[4]),
             ('A: exits on a finished model', compose.get('A: exits on a finished model'), COLORS[2]),
             ('B: joint training (config/compose.py)', compose.get('B: joint training'), COLORS[0])):
