@@ -75,7 +75,8 @@ CLAIMS = [
     Claim('Hadamard ruins: PPL 428 instead of 1.13 (B, V3 against V1)',
           "the authors' code transforms after the quantizer, without normalization, and the output once more",
           "theirs × {order: after Q, twice (authors'), 8 bits / none, 8 bits}, before the quantizer (A3) "
-          '× {order: before Q, all (A3), 8 bits / none, 8 bits}'),
+          '× {order: before Q, all (A3), 8 bits / none, 8 bits}, so in V3 against V1, 24 narrow blocks, '
+          '× {B: V3, phase 2 / V1, phase 2}'),
     Claim('behind a Hadamard transform 4 bits are enough for activations (B, V2; BitNet v2)',
           'it spreads outliers, so that few levels suffice',
           '4 bits against 8: × {order: none, 4 bits / none, 8 bits} without, '
