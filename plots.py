@@ -55,10 +55,10 @@ def experiments(plt, scale):
     for (label, several), color in zip(results('cliff', scale).items(), COLORS):
         band(theirs, range(len(several[0]['exits'])), relative_exits(several), color, label)
     theirs.plot(range(len(papers.A5)), [value / papers.A5[-1] for value in papers.A5], 'k--', label='Paper A, Table 5')
-    for i, (label, several) in enumerate(results('B', scale).items()):
-        phase = 1 if label.endswith('1') else 2
+    for label, several in results('B', scale).items():
+        variant, phase = label.split(', phase ')
         band(spread_b, range(len(several[0]['activation_std'])), [r['activation_std'] for r in several],
-             COLORS[i // 2], label, linestyle={1: '--', 2: '-'}[phase])
+             COLORS[('V1', 'V2', 'V3', 'Llama3').index(variant)], label, linestyle={'1': '--', '2': '-'}[phase])
     spread_b.plot(23, papers.B_SPREAD['V1'], 'o', color=COLORS[0], label='V1, as Paper B has it')
     spread_b.axhspan(*papers.B_SPREAD['V3'], color=COLORS[2], alpha=0.15, label='V3, as Paper B has it')
     for threshold in (-0.5, 0.5):
