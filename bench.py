@@ -129,6 +129,10 @@ def train_pair(shape, dtype, a='bitlinear', b='fp'):
     return {linear: (training, shape, dict(dtype=dtype, linear=linear)) for linear in (a, b)}
 
 
+def compose_pair(shape, **changes):
+    return {'compose': (training, shape, COMPOSE | changes), 'H-only': (training, shape, dict(linear='hbitlinear'))}
+
+
 BENCHMARKS = {
     'train, 86M, float32': Benchmark(ratio, '<= 0.85', 3, train_pair(PAPER_A, 'float32')),
     'train, 86M, bfloat16': Benchmark(ratio, '<= 1.00', 3, train_pair(PAPER_A, 'bfloat16')),
@@ -141,13 +145,9 @@ BENCHMARKS = {
         'all exits': (training, PAPER_A, EE), 'no exits': (training, PAPER_A, {})}),
     'exits, sampled': Benchmark(ratio, '<= 1.35', 3, {
         'sampled exits': (training, PAPER_A, EE | dict(ee_positions='sampled')), 'no exits': (training, PAPER_A, {})}),
-    'compose, 2.3M': Benchmark(ratio, '<= 1.15', 15, {
-        'compose': (training, CPU, COMPOSE), 'H-only': (training, CPU, dict(linear='hbitlinear'))}),
-    'compose, 86M': Benchmark(ratio, '<= 1.15', 3, {
-        'compose': (training, PAPER_A, COMPOSE), 'H-only': (training, PAPER_A, dict(linear='hbitlinear'))}),
-    'compose, 86M, ee_share 1/4': Benchmark(ratio, '<= 1.15', 3, {
-        'compose': (training, PAPER_A, COMPOSE | dict(ee_share=0.25)),
-        'H-only': (training, PAPER_A, dict(linear='hbitlinear'))}),
+    'compose, 2.3M': Benchmark(ratio, '<= 1.15', 15, compose_pair(CPU)),
+    'compose, 86M': Benchmark(ratio, '<= 1.15', 3, compose_pair(PAPER_A)),
+    'compose, 86M, ee_share 1/4': Benchmark(ratio, '<= 1.15', 3, compose_pair(PAPER_A, ee_share=0.25)),
     'layer skipping': Benchmark(skipped_share, '>= 0.80', 9, {
         'p_max 0.7': (training, PAPER_A, dict(p_max=0.7)), 'no skipping': (training, PAPER_A, {}),
         'one block': (training, PAPER_A | dict(n_layer=1), {})}),

@@ -31,7 +31,7 @@ import torch
 import torch.nn.functional as F
 
 import triton_ternary
-from decode import require_exits
+from decode import EXIT_MODES, require_exits
 from packed import int8_rows, to_ternary
 from quant import HBitLinear, bit_linears
 
@@ -173,7 +173,7 @@ CStep = structure('CStep', (pointer, 'tokens h logits'), (integer, 'T start firs
 KINDS = {'fp32': 0, 'int8': 1, 'ternary': 2}
 NORMS = {'none': 0, 'layernorm': 1, 'rmsnorm': 2}
 ACTIVATIONS = {None: 0, 'relu2': 1, 'swiglu': 2}
-EXIT_MODES = {None: 0, 'gate': 1, 'confidence': 2, 'saturation': 3}
+EXIT_NUMBERS = {mode: i for i, mode in enumerate((None, *EXIT_MODES))}  # native.c: FULL, GATE, ...
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -362,7 +362,7 @@ class Decoder:
         else:
             states[:, :C] = h
         step = CStep(tokens=ids and ctypes.addressof(ids), h=states.data_ptr(), logits=logits.data_ptr(), T=T,
-                     start=start, first=first, last=last, n_logits=n_logits, exit_mode=EXIT_MODES[exit_mode],
+                     start=start, first=first, last=last, n_logits=n_logits, exit_mode=EXIT_NUMBERS[exit_mode],
                      threshold=exit_threshold)
         self.lib.step(self.c, step)
         self.filled[first:last + 1] = [start + T] * (last + 1 - first)

@@ -15,7 +15,7 @@ from typing import Literal
 import checkpoint
 import papers
 from configurator import configure, run
-from tables import ppl, results
+from measured import relative_exits, results
 
 COLORS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000')
 
@@ -32,30 +32,26 @@ def smooth(curve, n=5):
     return [statistics.mean(curve[i:i + n]) for i in range(0, len(curve) - n + 1, n)]
 
 
-def relative_exits(several):
-    """PPL at each exit in units of full depth's: one curve a seed."""
-    return [[ppl(loss - r['exits'][-1]) for loss in r['exits']] for r in several]
-
-
 def experiments(plt, scale):
     """Loss curves, exits, activation spread, weights of Paper A's four cells and ours; spread of Paper B's variants."""
     figure, ((losses, exits, theirs), (weights, spread, spread_b)) = plt.subplots(
         2, 3, figsize=(14, 7), constrained_layout=True)
-    cells = results('A2', scale) | {'config/compose.py': results('compose', scale).get('B: joint training')}
+    cells = results('A2', scale) | {'config/compose.py': results('compose', scale).get('joint training')}
+    cliff, variants = results('cliff', scale), results('B', scale)
     for (label, several), color in zip(cells.items(), COLORS):
         if not several:
             continue
         steps = smooth([step for step, _ in several[0]['train']])
         band(losses, steps, [smooth([loss for _, loss in r['train']]) for r in several], color, label)
         layers = range(len(several[0]['exits']))
-        band(exits, layers, relative_exits(several), color, label)
+        band(exits, layers, list(map(relative_exits, several)), color, label)
         band(spread, layers, [r['activation_std'] for r in several], color, label)
         ratio = [-2.95 + 0.1 * i for i in range(60)]
         weights.step(ratio, several[0]['histogram'], where='mid', color=color, label=label)
-    for (label, several), color in zip(results('cliff', scale).items(), COLORS):
-        band(theirs, range(len(several[0]['exits'])), relative_exits(several), color, label)
+    for (label, several), color in zip(cliff.items(), COLORS):
+        band(theirs, range(len(several[0]['exits'])), list(map(relative_exits, several)), color, label)
     theirs.plot(range(len(papers.A5)), [value / papers.A5[-1] for value in papers.A5], 'k--', label='Paper A, Table 5')
-    for label, several in results('B', scale).items():
+    for label, several in variants.items():
         variant, phase = label.split(', phase ')
         band(spread_b, range(len(several[0]['activation_std'])), [r['activation_std'] for r in several],
              COLORS[('V1', 'V2', 'V3', 'Llama3').index(variant)], label, linestyle={'1': '--', '2': '-'}[phase])
@@ -69,8 +65,8 @@ def experiments(plt, scale):
     spread.set(title='Spread of the activations', xlabel='layer', ylabel='standard deviation of h')
     spread_b.set(title="Paper B's variants", xlabel='layer', ylabel='standard deviation of h', yscale='log')
     weights.set(title='Latent weights, thresholds of A1', xlabel='w / α', ylabel='share of the weights')
-    theirs.set_visible(bool(results('cliff', scale)))
-    spread_b.set_visible(bool(results('B', scale)))
+    theirs.set_visible(bool(cliff))
+    spread_b.set_visible(bool(variants))
     decorate(losses, exits, theirs, weights, spread, spread_b)
     return figure
 
@@ -85,10 +81,10 @@ def tradeoff(plt, scale):
     for label, several, color in (
             ("its recipe, the authors' labels at the exits", cliff.get('unshifted labels, final norm'), COLORS[1]),
             ('its recipe, shifted labels', compose.get("Paper A's recipe"), COLORS[4]),
-            ('A: exits on a finished model', compose.get('A: exits on a finished model'), COLORS[2]),
-            ('B: joint training (config/compose.py)', compose.get('B: joint training'), COLORS[0])):
+            ('exits on a finished model', compose.get('exits on a finished model'), COLORS[2]),
+            ('joint training (config/compose.py)', compose.get('joint training'), COLORS[0])):
         if several:
-            band(exits, share, relative_exits(several), color, label, marker='o')
+            band(exits, share, list(map(relative_exits, several)), color, label, marker='o')
     report = json.loads(Path('results/tradeoff.json').read_text())
     full = report['points'][report['n_layer'] - 1]['loss']
     for way, marker, color in (('fixed', 'o-', COLORS[0]), ('confidence', '^-', COLORS[2]),

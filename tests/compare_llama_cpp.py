@@ -30,7 +30,7 @@ class CompareSettings:
     """Compares a GGUF file in llama.cpp with the model that it was made of."""
     out_dir: str = ''  # the run; empty: the newest
     gguf: str = 'model.gguf'  # the file in its folder
-    exit_layer: int = -1  # that it was exported with; -1: the last
+    exit_layer: int | None = None  # that it was exported with; none: the last
     windows: int = 16  # of the model's context length
     greedy: int = 200  # tokens that both continue a prompt by
 
@@ -102,12 +102,14 @@ def main(argv):
         raise UserError('this needs llama.cpp: pip install cyllama==0.2.18')
     out_dir = checkpoint.find_run(s.out_dir)
     model, settings = checkpoint.load_checkpoint(os.path.join(out_dir, 'ckpt.pt'), torch.device('cpu'))
-    model.eval()
-    layer = model.config.n_layer - 1 if s.exit_layer == -1 else s.exit_layer
+    try:
+        layer = model.require_layer(s.exit_layer)
+    except ValueError as error:
+        raise UserError(str(error)) from None
     llm = Llama(os.path.join(out_dir, s.gguf), model.config.block_size)
     tokens = load_tokens(prepare(*checkpoint.told(settings, *checkpoint.DATA)), 'val')
     compare(model, llm, tokens, layer, s.windows)
-    encoder = get_tokenizer(settings['tokenizer'] or settings['meta']['tokenizer'])
+    encoder = get_tokenizer(*checkpoint.told(settings['meta'], 'tokenizer'))
     for text in ('Return the', 'def f(x):\n', 'The module', 'Raises ValueError', 'naïve 日本'):
         prompt = encoder.encode(text)
         there = llm.tokenize(text)

@@ -1,4 +1,8 @@
 """What the tests share: a model that is tiny but not trivial, and both ways to compute a ternary product."""
+import inspect
+import subprocess
+from contextlib import contextmanager
+
 import pytest
 import torch
 
@@ -10,6 +14,15 @@ torch.set_num_threads(1)  # at these sizes a second thread costs more than it br
 # ffn_dim and n_embd / n_head are no accidents: 48 needs padding before a Hadamard transform, and 2 kv heads serve 4
 TINY = dict(vocab_size=31, block_size=16, n_layer=3, n_head=4, n_kv_head=2, n_embd=32, ffn_dim=48, gate_dim=8,
             target_exit=1)
+
+
+@contextmanager
+def text_folder(folder, length):
+    """Work in `folder`, beside text.txt, a text of so many bytes; yields the MonkeyPatch that lasts as long."""
+    (folder / 'text.txt').write_text(inspect.getsource(subprocess)[:length])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        yield patch
 
 
 @pytest.fixture(autouse=True)

@@ -12,7 +12,7 @@ import measured
 import tables
 import train
 from ablate import Run
-from claims import CLAIMS, Claim
+from claims import CLAIMS, MEASUREMENT, Claim
 from experiments import RATES, SHORT, TABLES, Table
 from test_train import TINY, text  # noqa: F401 (a fixture)
 
@@ -111,8 +111,8 @@ def test_table_says_what_was_measured(table, monkeypatch):
 
 @pytest.mark.parametrize('claim', CLAIMS, ids=lambda claim: claim.claim[:20])
 def test_claims_are_about_cells_that_exist(claim):
-    measurements = re.findall(r'\{(\w+): (.*?)\}', claim.here)
-    assert measurements and '{' not in re.sub(r'\{(\w+): (.*?)\}', '', claim.here)
+    measurements = MEASUREMENT.findall(claim.here)
+    assert measurements and '{' not in MEASUREMENT.sub('', claim.here)
     for table, what in measurements:
         for label in re.split(' / ', re.sub(r' (@ \d+|\| (latent|unshifted))$', '', what)):
             assert label in TABLES[table].cells, label

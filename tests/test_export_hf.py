@@ -1,5 +1,4 @@
 """The exported folder, from where its users stand: transformers, offline, and none of this repository in reach."""
-import inspect
 import json
 import os
 import random
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import text_folder
 from torch.testing import assert_close
 
 import checkpoint
@@ -72,9 +72,7 @@ def save_run(out_dir, **changes):
 def run(tmp_path_factory):
     """A folder with out/run, exported to out/run/hf-latent and out/run/hf-packed."""
     folder = tmp_path_factory.mktemp('export')
-    (folder / 'text.txt').write_text(inspect.getsource(subprocess)[:16000])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
+    with text_folder(folder, 16000) as patch:
         patch.setattr(export_hf, 'measure_speed', partial(measure_speed, n_tokens=1, rounds=1))
         patch.setattr('transformers.dynamic_module_utils.HF_MODULES_CACHE', str(folder / 'modules'))
         save_run('out/run')

@@ -5,19 +5,18 @@ one process did. Samples skip layers and are alone in their micro-batch, so that
 one process or in all; the FFN's width is odd, so that shards are uneven.
 """
 import faulthandler
-import inspect
 import os
 import shutil
 import signal
 import socket
 import subprocess
 import sys
-import time
 from types import SimpleNamespace
 
 import pytest
 import torch
-from test_train import ENV, ROOT, command, flags, log, text  # noqa: F401 (a fixture)
+from conftest import text_folder
+from test_train import ENV, ROOT, command, flags, log, text, wait_for_checkpoint  # noqa: F401 (a fixture)
 
 import checkpoint
 import train
@@ -69,9 +68,7 @@ def count_all_reduces(training, micro_batches):
 def folder(tmp_path_factory):
     """The folder where one process and two have done the same."""
     path = tmp_path_factory.mktemp('parallel')
-    (path / 'text.txt').write_text(inspect.getsource(subprocess)[:12000])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(path)
+    with text_folder(path, 12000):
         train.main(flags(**SETTINGS))
         train.main(flags(**SETTINGS | dict(max_iters=4, out_dir='out/one')))
         shutil.copytree('out/one', 'out/one_fsdp')
@@ -203,9 +200,7 @@ def test_interrupted_processes_stop_together_and_save(text):  # noqa: F811
     """Ctrl-C under FSDP, where a state is whole only if all processes are between the same two steps."""
     process = subprocess.Popen(command(*TORCHRUN, fsdp=True, max_iters=100000), text=True, stdout=subprocess.PIPE,
                                stderr=subprocess.PIPE, env=ENV)
-    deadline = time.time() + 300
-    while not os.path.exists('out/run/last.pt') and time.time() < deadline:
-        time.sleep(0.05)
+    wait_for_checkpoint()
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=300)
     assert 'nothing lost' in out, err[-2000:]

@@ -1,5 +1,4 @@
 """sample.py and eval_exits.py on a trained run, from the outside."""
-import inspect
 import json
 import math
 import re
@@ -11,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import text_folder
 
 import checkpoint
 import eval_exits
@@ -33,9 +33,7 @@ SETTINGS = dict(n_layer=4, n_head=2, n_kv_head=1, n_embd=32, ffn_dim=64, block_s
 def run(tmp_path_factory):
     """The folder in which out/run was trained."""
     folder = tmp_path_factory.mktemp('run')
-    (folder / 'text.txt').write_text(inspect.getsource(subprocess)[:20000])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
+    with text_folder(folder, 20000):
         train.main([f'--{key}={value}' for key, value in SETTINGS.items()])
     return folder
 

@@ -1,5 +1,4 @@
 """The loop: a step is a pure function, so runs can be stopped, resumed and distributed without changing a bit."""
-import inspect
 import json
 import math
 import os
@@ -13,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import text_folder
 
 import checkpoint
 import train
@@ -27,11 +27,10 @@ TINY = dict(n_layer=3, n_head=2, n_kv_head=1, n_embd=32, ffn_dim=64, block_size=
 
 
 @pytest.fixture
-def text(tmp_path, monkeypatch):
+def text(tmp_path):
     """A working folder with a text of 12,000 bytes."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / 'text.txt').write_text(inspect.getsource(subprocess)[:12000])
-    return tmp_path
+    with text_folder(tmp_path, 12000):
+        yield tmp_path
 
 
 def flags(**changes):
@@ -42,6 +41,12 @@ def flags(**changes):
 def command(*launcher, **changes):
     launcher = launcher or (sys.executable,)
     return [*launcher, str(ROOT / 'train.py'), *flags(**changes)]
+
+
+def wait_for_checkpoint():
+    deadline = time.time() + 300
+    while not os.path.exists('out/run/last.pt') and time.time() < deadline:
+        time.sleep(0.01)
 
 
 # sums in another order give other bits: a run is compared with one of as many threads
@@ -136,9 +141,7 @@ def test_killed_run_leaves_a_loadable_checkpoint_and_resumes_exactly(text):
     train.main(flags(out_dir='out/whole', max_iters=40))
     process = subprocess.Popen(command(max_iters=40), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
                                env=ENV)
-    deadline = time.time() + 60
-    while not os.path.exists('out/run/last.pt') and time.time() < deadline:
-        time.sleep(0.01)
+    wait_for_checkpoint()
     process.kill()
     process.wait()
     assert checkpoint.load('out/run/last.pt')['progress']['iter'] % 4 == 0
@@ -148,11 +151,9 @@ def test_killed_run_leaves_a_loadable_checkpoint_and_resumes_exactly(text):
 
 def test_sigint_exits_cleanly(text):
     process = subprocess.Popen(command(max_iters=100000), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    deadline = time.time() + 60
-    while not os.path.exists('out/run/last.pt') and time.time() < deadline:
-        time.sleep(0.01)
+    wait_for_checkpoint()
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=30)
+    out, err = process.communicate(timeout=120)
     assert process.returncode == 0 and 'Traceback' not in err and '--init_from=resume' in out
     assert checkpoint.load('out/run/last.pt')['progress']['iter'] >= 4
 
