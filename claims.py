@@ -3,7 +3,7 @@ What the papers claim, what we think is behind it, and what came of it here: row
 
 `here` holds measurements in braces, each a table of experiments.py and what to take from it:
 
-    {A2: H-only / Baseline}     PPL of a cell over that of another, mean ± standard deviation over the seeds
+    {A2: H-only / Baseline}     PPL of a cell over that of another, mean ± standard deviation over the seeds of both
     {leak: sees the future}     PPL of a cell; `{...: cell | latent}` with latent weights, or of another of its losses
     {cliff: cell @ 10}          PPL at exit 10 over that of full depth
 """
@@ -11,7 +11,9 @@ import re
 import statistics
 from dataclasses import dataclass
 
-from measured import final, number, ppl, results
+from measured import final, number, over_seeds, paired, ppl, relative_exits, results
+
+MEASUREMENT = re.compile(r'\{(\w+): (.*?)\}')
 
 
 @dataclass
@@ -22,29 +24,27 @@ class Claim:
 
     def measured(self, scale):
         """`here` with its measurements. KeyError if one has not been made."""
-        return re.sub(r'\{(\w+): (.*?)\}', lambda match: measurement(scale, *match.groups()), self.here)
+        return MEASUREMENT.sub(lambda match: measurement(scale, *match.groups()), self.here)
 
     def tables(self):
-        return ', '.join(dict.fromkeys(re.findall(r'\{(\w+):', self.here)))
+        return ', '.join(dict.fromkeys(table for table, _ in MEASUREMENT.findall(self.here)))
 
 
 def measurement(scale, table, what):
     cells = results(table, scale)
     if ' / ' in what:
         a, b = what.split(' / ')
-        return over_seeds([final(one) / final(other) for one, other in zip(cells[a], cells[b])])
+        return over_seeds([final(one) / final(other) for one, other in paired(cells[a], cells[b])], factor)
     if ' @ ' in what:
         label, layer = what.split(' @ ')
-        return over_seeds([ppl(r['exits'][int(layer)] - r['exits'][-1]) for r in cells[label]])
+        return over_seeds([relative_exits(r)[int(layer)] for r in cells[label]], factor)
     label, _, key = what.partition(' | ')
     return number(statistics.mean(ppl(r[key]) if key else final(r) for r in cells[label]))
 
 
-def over_seeds(values):
-    """'x ± s.d.', three decimals, or four figures where x is large."""
-    mean = statistics.mean(values)
-    text = f'{mean:.3f}' if mean < 10 else number(mean)
-    return text + (f' ± {statistics.stdev(values):.2g}' if len(values) > 1 else '')
+def factor(x):
+    """Three decimals, or four figures where x is large."""
+    return f'{x:.3f}' if x < 10 else number(x)
 
 
 CLAIMS = [

@@ -30,13 +30,13 @@ TABLES = {
         'H-only': 'config/bitskip_h.py',
         'EE-only': 'config/bitskip_ee.py',
         'BitSkip (H+EE)': 'config/bitskip_h_ee.py'}, seeds=5, steps=FULL),
-    'A6': Table('routing loss, λ_r', {
+    'A6': Table('λ_r, weight of the routing loss (λ_q 0, p_max 0.5)', {
         value: f'config/bitskip_ee.py --p_max=0.5 --lambda_q=0 --lambda_r={value}'
         for value in ('0', '0.01', '0.05', '0.1', '0.2')}, steps=BRIEF, rates=RATES[:1]),
-    'A7': Table('quantization loss, λ_q', {
+    'A7': Table('λ_q, weight of the quantization loss (λ_r 0.05, p_max 0.5)', {
         value: f'config/bitskip_ee.py --p_max=0.5 --lambda_q={value} --lambda_r=0.05'
         for value in ('0', '0.01', '0.05', '0.1', '0.2')}, steps=BRIEF, rates=RATES[:1]),
-    'A8': Table('routing, and layer skipping with p_max', {
+    'A8': Table('routing on (λ_r 0.2, λ_q 0.05) or off, and p_max of layer skipping', {
         'off, 0.7': 'config/bitskip_ee.py --p_max=0.7 --lambda_q=0 --lambda_r=0',
         'off, 0.5': 'config/bitskip_ee.py --p_max=0.5 --lambda_q=0 --lambda_r=0',
         'off, 0.2': 'config/bitskip_ee.py --p_max=0.2 --lambda_q=0 --lambda_r=0',
@@ -87,10 +87,17 @@ TABLES = {
 
     'compose': Table('Hadamard and exits, composed', {
         'H-only': 'config/bitskip_h.py',
-        'B: joint training': 'config/compose.py',
-        'A: exits on a finished model': 'config/compose_frozen.py',
+        'H-only, no routing loss': 'config/bitskip_h.py --lambda_r=0',
+        'joint training': 'config/compose.py',
+        'exits on a finished model': 'config/compose_frozen.py',
         "Paper A's recipe": 'config/bitskip_h_ee.py'},
-        seeds=5, steps=FULL, on={'A: exits on a finished model': 'H-only'}),
+        seeds=5, steps=FULL, on={'exits on a finished model': 'H-only, no routing loss'}),
+    'routing': Table('what the routing loss (A9) costs', {
+        f'{name}, λ_r {value}': f'{arguments}{flag}'
+        for name, arguments in (('full precision', 'config/baseline.py --linear=fp'),
+                                ('Baseline', 'config/baseline.py'), ('H-only', 'config/bitskip_h.py'),
+                                ('BitSkip (H+EE)', 'config/bitskip_h_ee.py'))
+        for value, flag in ((0.2, ''), (0, ' --lambda_r=0'))}),
     'ingredients': Table('what exits do to the model that they are trained with, one change at a time', {
         'H-only': 'config/bitskip_h.py',
         "Paper A's recipe": 'config/bitskip_h_ee.py',
@@ -112,7 +119,7 @@ TABLES = {
         'sampled, gentle skipping, of the last block too':
             'config/bitskip_h_ee.py --ee_positions=sampled --p_max=0.2 --skip_last=True'}, rates=RATES[:1]),
     'around': Table('the best recipe (B), less or more one ingredient', {
-        'B: joint training': 'config/compose.py',
+        'joint training': 'config/compose.py',
         'no Hadamard': 'config/compose.py --linear=bitlinear',
         'λ 0.3': 'config/compose.py --lambda_ee=0.3',
         'λ 3': 'config/compose.py --lambda_ee=3',
@@ -125,7 +132,13 @@ TABLES = {
         'adapters': 'config/compose.py --ee_adapter=16',
         '30% of the tokens leave': 'config/compose.py --ee_leave=0.3',
         'gentle skipping, of the last block too': 'config/compose.py --p_max=0.2 --skip_last=True'},
-        seeds=3, rates=RATES[1:2]),
+        rates=RATES[1:2]),
+    'longer': Table('the best recipe (B), less or more one ingredient, in full', {
+        'joint training': 'config/compose.py',
+        'λ 0.3': 'config/compose.py --lambda_ee=0.3',
+        'all positions': 'config/compose.py --ee_positions=all',
+        'head detached': 'config/compose.py --ee_detach_head=True',
+        'half distilled': 'config/compose.py --ee_distill=0.5'}, steps=FULL, rates=RATES[1:2]),
     'share': Table('how many tokens the exits need in a step', {
         f'{8 * 256 * more:,} tokens a step, exits learn from {share}': f'config/compose.py{batch}{flag}'
         for more, batch in ((1, ''), (4, ' --batch_size=32'))

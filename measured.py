@@ -19,19 +19,23 @@ def results(name, scale):
 
 def rate_of(several):
     """The learning rate of results, from their command."""
-    match = re.search(r'--learning_rate=(\S+)', several[0]['command'])
-    return match.group(1) if match else "config's"
+    return flag(several[0], 'learning_rate') or "config's"
+
+
+def flag(result, name):
+    """What the result's command gave for a setting, or None."""
+    match = re.search(rf'--{name}=(\S+)', result['command'])
+    return match and match.group(1)
+
+
+def paired(several, others):
+    """(result, result of the others) for each seed that both have."""
+    partner = {flag(result, 'seed'): result for result in others}
+    return [(result, partner[flag(result, 'seed')]) for result in several if flag(result, 'seed') in partner]
 
 
 def ppl(loss):
     return math.exp(min(loss, 700)) if loss is not None else math.nan
-
-
-def mean(several, value):
-    """'mean ± s.d.' of value(result) over the seeds, four figures."""
-    values = [value(result) for result in several]
-    text = number(statistics.mean(values))
-    return text if len(values) == 1 else f'{text} ± {statistics.stdev(values):.2g}'
 
 
 def number(x):
@@ -41,8 +45,24 @@ def number(x):
     return f'{x:.1e}'.replace('e+0', 'e').replace('e+', 'e') if x >= 1e7 else f'{x:,.0f}' if x >= 1e4 else f'{x:.4g}'
 
 
+def mean(several, value):
+    """'mean ± s.d.' of value(result) over the seeds, four figures."""
+    return over_seeds([value(result) for result in several])
+
+
+def over_seeds(values, write=number):
+    """'mean ± s.d.' of one value a seed, the mean as `write` has it."""
+    text = write(statistics.mean(values))
+    return text + (f' ± {statistics.stdev(values):.2g}' if len(values) > 1 else '')
+
+
 def final(result):
     return ppl(loss_of(result))
+
+
+def relative_exits(result):
+    """PPL at each exit in units of full depth's."""
+    return [ppl(loss - result['exits'][-1]) for loss in result['exits']]
 
 
 def relative(several, base):

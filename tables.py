@@ -24,7 +24,7 @@ from ablate import Run
 from claims import CLAIMS
 from configurator import configure, run
 from experiments import SEEDS, SHORT, TABLES
-from measured import final, mean, number, ppl, rate_of, relative, results
+from measured import final, mean, number, ppl, rate_of, relative, relative_exits, results
 from model import BitSkip, BitSkipConfig
 from tradeoff import at_compute
 
@@ -37,7 +37,10 @@ PAGES = Path('README.md'), Path('RESULTS.md')
 def rates(scale):
     """Validation PPL after the short runs, by learning rate (seed 7)."""
     tried, rows = (1e-3, 2e-3, 4e-3, 8e-3), []
-    for label, cell in [*TABLES['A2'].cells.items(), ('full precision', TABLES['price'].cells['full precision'])]:
+    others = TABLES['price'].cells | TABLES['norm'].cells
+    cells = TABLES['A2'].cells | {label: others[label] for label in (
+        'full precision', 'BitLinear, no norm, init 0.1', 'H-BitLinear, no norm, init 0.1')}
+    for label, cell in cells.items():
         swept = [Run(cell, rate, SEEDS[0], SHORT, scale).result() for rate in tried]
         if any(swept):
             rows.append([label, *(number(final(result)) if result else '-' for result in swept)])
@@ -120,8 +123,7 @@ def compose(scale):
     rows = [["Paper A's figures", '-', theirs, number(theirs / papers.A2['H-only']),
              number(a5[last_but_one] / a5[-1]), number(a5[half] / a5[-1]), '0%']]
     for label, several in cells.items():
-        at = [mean(several, lambda r, layer=layer: ppl(r['exits'][layer] - r['exits'][-1]))
-              for layer in (last_but_one, half)]
+        at = [mean(several, lambda r, layer=layer: relative_exits(r)[layer]) for layer in (last_but_one, half)]
         extra = parameters(TABLES['compose'].cells[label]) / parameters(TABLES['compose'].cells['H-only']) - 1
         rows.append([label, len(several), mean(several, final), number(relative(several, cells['H-only'])), *at,
                      f'{100 * extra:.2g}%'])
@@ -189,9 +191,9 @@ FOUR = (0, 5, 10, 11)  # exits of a model of 12 layers
 MAKE = {'bench': bench, 'claims': claims, 'rates': rates, 'A2': a2, 'A3': a3, 'A4': a4, 'A5': a5,
         'A6': plain('A6', papers.A6), 'A7': plain('A7', papers.A7), 'A8': plain('A8', papers.A8),
         'price': plain('price'), 'cliff': at_exits('cliff', FOUR), 'norm': plain('norm'), 'order': plain('order'),
-        'latent': latent, 'leak': leak, 'compose': compose, 'tradeoff': tradeoff,
+        'latent': latent, 'leak': leak, 'routing': plain('routing'), 'compose': compose, 'tradeoff': tradeoff,
         'ingredients': at_exits('ingredients', FOUR), 'around': at_exits('around', FOUR),
-        'share': at_exits('share', FOUR),
+        'longer': at_exits('longer', FOUR), 'share': at_exits('share', FOUR),
         'B': at_exits('B', (5, 11, 17, 23), paper=papers.B)}
 TITLES = {'bench': 'speed and memory', 'claims': "the papers' claims",
           'tradeoff': 'PPL and agreement with full depth, at a share of its blocks',
@@ -209,10 +211,15 @@ def markdown(name, scale='cpu'):
     return '\n'.join(f'| {" | ".join(map(str, line))} |' for line in lines)
 
 
+def caption(name):
+    return f'{name}: {TITLES.get(name) or TABLES[name].title}'
+
+
 def update(text, scale='cpu'):
     """`text` with every table between its marks made anew."""
     def replace(match):
-        return f'<!-- table: {match[1]} -->\n{markdown(match[1], scale)}\n<!-- end -->'
+        table = markdown(match[1], scale)
+        return f'<!-- table: {match[1]} -->\n' + f'*{caption(match[1])}*\n\n{table}\n' * bool(table) + '<!-- end -->'
     return re.sub(r'<!-- table: (\S+) -->\n.*?<!-- end -->', replace, text, flags=re.DOTALL)
 
 
@@ -227,7 +234,7 @@ def main(argv):
     s = configure(TablesSettings, argv)
     for name in MAKE:
         if text := markdown(name, s.scale):
-            print(f'\n{name}: {TITLES.get(name) or TABLES[name].title}\n{text}')
+            print(f'\n{caption(name)}\n{text}')
     for page in PAGES if s.readme else ():
         text = update(page.read_text(), s.scale)
         with checkpoint.atomic_write(page, 'w') as file:
