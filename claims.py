@@ -52,14 +52,16 @@ CLAIMS = [
           "A3 brings a norm along, and the authors' BitLinear starts from weights a tenth as large. Where both have "
           'the same norms and weights, only the transform differs',
           '× {A2: H-only / Baseline}'),
-    Claim('the same', "what the authors' two layers differ in: with and without the transform, a norm in the layer "
-          'and ten times its initial weights',
-          '× {norm: H-BitLinear, LayerNorm, init 1 / BitLinear, no norm, init 0.1}, of which without the transform '
+    Claim('the same', "what the authors' two layers differ in: the transform, a norm in the layer, and ten times "
+          'its initial weights',
+          'all three × {norm: H-BitLinear, LayerNorm, init 1 / BitLinear, no norm, init 0.1}, without the transform '
           '× {norm: BitLinear, LayerNorm, init 1 / BitLinear, no norm, init 0.1}'),
     Claim('exits cost 10%, with Hadamard 17% (A, Table 2)',
           "unknown; exits that learn the current token, as in the authors' code, do no harm to full depth here either",
           "× {A2: EE-only / Baseline}, with Hadamard × {A2: BitSkip (H+EE) / H-only}; with the authors' labels "
-          'at the exits × {cliff: unshifted labels, final norm / shifted labels, final norm} of that'),
+          'at the exits × {cliff: unshifted labels, final norm / shifted labels, final norm} more'),
+    Claim('the same', 'all four cells have the routing loss, which is not free (see λ_r)',
+          "with Hadamard, against H-only without that loss: × {compose: Paper A's recipe / H-only, no routing loss}"),
     Claim('leaving one layer early is 57 times worse (A, Table 5)',
           "in the authors' code the exits learn the current token, not the next one",
           'exits that learn the next token: × {cliff: shifted labels, final norm @ 10}, the current one: '
@@ -83,9 +85,12 @@ CLAIMS = [
           '× {order: before Q, all (A3), 4 bits / before Q, all (A3), 8 bits} with'),
     Claim('1.58 bits cost 4% (best published, 700M parameters)', 'here 2.3M parameters and 650 steps',
           '× {price: BitLinear / full precision}'),
-    Claim('λ_r = 0.2 is best, by up to 3% (A, Table 6)', 'one seed each, 500 steps; here 200',
-          'λ_r = 0.2 against 0: × {A6: 0.2 / 0}'),
-    Claim('λ_q = 0.05 is best, by up to 2% (A, Table 7)', 'the same', 'λ_q = 0.05 against 0: × {A7: 0.05 / 0}'),
+    Claim('λ_r = 0.2 is best, by up to 3% (A, Table 6)', 'one seed each, 500 steps; the loss reaches every block '
+          'through the gates',
+          'λ_r = 0.2 against 0: × {A6: 0.2 / 0} after 200 steps, × {compose: H-only / H-only, no routing loss} for '
+          'H-only in full'),
+    Claim('λ_q = 0.05 is best, by up to 2% (A, Table 7)', 'one seed each, 500 steps; here 200',
+          'λ_q = 0.05 against 0: × {A7: 0.05 / 0}'),
     Claim('the more layers are skipped the better, by up to 3% (A, Table 8)', 'the same',
           'p_max = 0.2 against 0.7, no routing: × {A8: off, 0.2 / off, 0.7}'),
 ]

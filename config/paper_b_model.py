@@ -1,4 +1,4 @@
-# Paper B's architecture, 1.06B parameters, shared by its five variants (Table 2). Use it through one of them:
+# Paper B's architecture, 1.06B parameters, shared by its five variants (Tables 2 to 4). Use it through one of them:
 #   python train.py config/tinystories_v1.py
 # The variants import this file (config/paper_b_model.py) and config/paper_b_training.py, and add what is their own.
 n_layer = 24
