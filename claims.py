@@ -51,7 +51,8 @@ CLAIMS = [
     Claim('Hadamard lowers PPL by 19%: × 0.81 (A, Table 2)',
           "A3 brings a norm along, and the authors' BitLinear starts from weights a tenth as large. Where both have "
           'the same norms and weights, only the transform differs',
-          '× {A2: H-only / Baseline}'),
+          '× {A2: H-only / Baseline}; without the routing loss, in short runs, '
+          '× {routing: H-only, λ_r 0 / Baseline, λ_r 0}'),
     Claim('the same', "what the authors' two layers differ in: the transform, a norm in the layer, and ten times "
           'its initial weights',
           'all three × {norm: H-BitLinear, LayerNorm, init 1 / BitLinear, no norm, init 0.1}, without the transform '
@@ -60,8 +61,8 @@ CLAIMS = [
           "unknown; exits that learn the current token, as in the authors' code, do no harm to full depth here either",
           "× {A2: EE-only / Baseline}, with Hadamard × {A2: BitSkip (H+EE) / H-only}; with the authors' labels "
           'at the exits × {cliff: unshifted labels, final norm / shifted labels, final norm} more'),
-    Claim('the same', 'all four cells have the routing loss, which is not free (see λ_r)',
-          "with Hadamard, against H-only without that loss: × {compose: Paper A's recipe / H-only, no routing loss}"),
+    Claim('the same', 'all four cells have the routing loss, which harms those without exits more',
+          'without it, in short runs, with Hadamard × {routing: BitSkip (H+EE), λ_r 0 / H-only, λ_r 0}'),
     Claim('leaving one layer early is 57 times worse (A, Table 5)',
           "in the authors' code the exits learn the current token, not the next one",
           'exits that learn the next token: × {cliff: shifted labels, final norm @ 10}, the current one: '
@@ -83,7 +84,7 @@ CLAIMS = [
           'it spreads outliers, so that few levels suffice',
           '4 bits against 8: × {order: none, 4 bits / none, 8 bits} without, '
           '× {order: before Q, all (A3), 4 bits / before Q, all (A3), 8 bits} with'),
-    Claim('1.58 bits cost 4% (best published, 700M parameters)', 'here 2.3M parameters and 650 steps',
+    Claim('1.58 bits cost 4% (best published, 700M parameters)', 'here 2.3M parameters and 650 steps, without the routing loss',
           '× {price: BitLinear / full precision}'),
     Claim('λ_r = 0.2 is best, by up to 3% (A, Table 6)', 'one seed each, 500 steps; the loss reaches every block '
           'through the gates',

@@ -46,10 +46,10 @@ TABLES = {
 
     # -- what may be behind the papers' figures
 
-    'price': Table('ternary against full precision', {
-        'full precision': 'config/baseline.py --linear=fp',
-        'BitLinear': 'config/baseline.py',
-        'H-BitLinear': 'config/bitskip_h.py'}),
+    'price': Table('ternary against full precision, without the routing loss', {
+        'full precision': 'config/baseline.py --linear=fp --lambda_r=0',
+        'BitLinear': 'config/baseline.py --lambda_r=0',
+        'H-BitLinear': 'config/bitskip_h.py --lambda_r=0'}),
     'cliff': Table('what makes the cliff of Table A5', {
         'shifted labels, final norm': 'config/bitskip_h_ee.py',
         'shifted labels, no norm': 'config/bitskip_h_ee.py --exit_norm=none',
@@ -94,9 +94,9 @@ TABLES = {
         seeds=5, steps=FULL, on={'exits on a finished model': 'H-only, no routing loss'}),
     'routing': Table('what the routing loss (A9) costs', {
         f'{name}, λ_r {value}': f'{arguments}{flag}'
-        for name, arguments in (('full precision', 'config/baseline.py --linear=fp'),
-                                ('Baseline', 'config/baseline.py'), ('H-only', 'config/bitskip_h.py'),
-                                ('BitSkip (H+EE)', 'config/bitskip_h_ee.py'))
+        for name, arguments in (('Baseline', 'config/baseline.py'), ('H-only', 'config/bitskip_h.py'),
+                                ('BitSkip (H+EE)', 'config/bitskip_h_ee.py'),
+                                ('full precision', 'config/baseline.py --linear=fp'))
         for value, flag in ((0.2, ''), (0, ' --lambda_r=0'))}),
     'ingredients': Table('what exits do to the model that they are trained with, one change at a time', {
         'H-only': 'config/bitskip_h.py',
@@ -118,7 +118,7 @@ TABLES = {
         'sampled, gentle skipping': 'config/bitskip_h_ee.py --ee_positions=sampled --p_max=0.2',
         'sampled, gentle skipping, of the last block too':
             'config/bitskip_h_ee.py --ee_positions=sampled --p_max=0.2 --skip_last=True'}, rates=RATES[:1]),
-    'around': Table('the best recipe (B), less or more one ingredient', {
+    'around': Table('the best recipe, less or more one ingredient', {
         'joint training': 'config/compose.py',
         'no Hadamard': 'config/compose.py --linear=bitlinear',
         'λ 0.3': 'config/compose.py --lambda_ee=0.3',
@@ -127,13 +127,14 @@ TABLES = {
         'all positions': 'config/compose.py --ee_positions=all',
         'a quarter of the positions': 'config/compose.py --ee_share=0.25',
         'an eighth of the positions': 'config/compose.py --ee_share=0.125',
+        'a quarter of the positions, λ 0.25': 'config/compose.py --ee_share=0.25 --lambda_ee=0.25',
         'head detached': 'config/compose.py --ee_detach_head=True',
         'half distilled': 'config/compose.py --ee_distill=0.5',
         'adapters': 'config/compose.py --ee_adapter=16',
         '30% of the tokens leave': 'config/compose.py --ee_leave=0.3',
         'gentle skipping, of the last block too': 'config/compose.py --p_max=0.2 --skip_last=True'},
         rates=RATES[1:2]),
-    'longer': Table('the best recipe (B), less or more one ingredient, in full', {
+    'longer': Table('the best recipe, less or more one ingredient, in full', {
         'joint training': 'config/compose.py',
         'λ 0.3': 'config/compose.py --lambda_ee=0.3',
         'all positions': 'config/compose.py --ee_positions=all',

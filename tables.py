@@ -37,10 +37,9 @@ PAGES = Path('README.md'), Path('RESULTS.md')
 def rates(scale):
     """Validation PPL after the short runs, by learning rate (seed 7)."""
     tried, rows = (1e-3, 2e-3, 4e-3, 8e-3), []
-    others = TABLES['compose'].cells | TABLES['price'].cells | TABLES['norm'].cells
-    cells = TABLES['A2'].cells | {label: others[label] for label in (
-        'H-only, no routing loss', 'joint training', 'full precision', 'BitLinear, no norm, init 0.1',
-        'H-BitLinear, no norm, init 0.1')}
+    others = TABLES['A2'].cells | TABLES['compose'].cells | TABLES['norm'].cells
+    cells = TABLES['routing'].cells | {label: others[label] for label in (
+        'EE-only', 'joint training', 'BitLinear, no norm, init 0.1', 'H-BitLinear, no norm, init 0.1')}
     for label, cell in cells.items():
         swept = [Run(cell, rate, SEEDS[0], SHORT, scale).result() for rate in tried]
         if any(swept):
