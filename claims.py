@@ -84,7 +84,8 @@ CLAIMS = [
           'it spreads outliers, so that few levels suffice',
           '4 bits against 8: × {order: none, 4 bits / none, 8 bits} without, '
           '× {order: before Q, all (A3), 4 bits / before Q, all (A3), 8 bits} with'),
-    Claim('1.58 bits cost 4% (best published, 700M parameters)', 'here 2.3M parameters and 650 steps, without the routing loss',
+    Claim('1.58 bits cost 4% (best published, 700M parameters)',
+          'here 2.3M parameters and 650 steps, without the routing loss',
           '× {price: BitLinear / full precision}'),
     Claim('λ_r = 0.2 is best, by up to 3% (A, Table 6)', 'one seed each, 500 steps; the loss reaches every block '
           'through the gates',
