@@ -17,13 +17,14 @@ it. (Tables that have one rate only do without.)
 """
 import json
 import math
-import os
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
+from filelock import FileLock, Timeout  # which torch requires
 
 import checkpoint
 import train
@@ -108,26 +109,21 @@ def compared_runs(table, label, scale, n_seeds):
     return [Run(table.cells[label], rate, seed, table.steps, scale) for seed in seeds]
 
 
+@contextmanager
 def claim(run):
-    """True if the run is now this process's to do, False if another living process is at it."""
-    lock = run.lock
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    if lock.exists() and not is_alive(lock.read_text()):
-        lock.unlink()
+    """With this: True if the run is this process's to do meanwhile, False if another process is at it. The system lets
+    go of what a dead process has claimed."""
+    run.lock.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(run.lock)
     try:
-        with open(lock, 'x') as file:
-            file.write(str(os.getpid()))
-    except FileExistsError:
-        return False
-    return True
-
-
-def is_alive(pid):
+        lock.acquire(blocking=False)
+    except Timeout:
+        yield False
+        return
     try:
-        os.kill(int(pid), 0)
-    except (ProcessLookupError, ValueError):
-        return False
-    return True
+        yield True
+    finally:
+        lock.release()
 
 
 def do(run, compile):
@@ -188,15 +184,14 @@ def train_all(tables, scale, seeds, compile):
                    if run.result() is None]
         if not missing:
             return True
-        mine = next(filter(claim, missing), None)
-        if mine is None:
-            time.sleep(5)  # what is missing is being done elsewhere, and may tell what to do next
-            continue
-        try:
-            if mine.result() is None and not do(mine, compile):
-                return False
-        finally:
-            mine.lock.unlink()
+        for each in missing:
+            with claim(each) as mine:
+                if mine and each.result() is None:
+                    if not do(each, compile):
+                        return False
+                    break  # its result may tell what to do next
+        else:
+            time.sleep(5)  # what is missing is being done elsewhere
 
 
 @dataclass

@@ -65,7 +65,13 @@ def fail(message):
 
 def configure(cls, argv, base=None):
     """Settings of dataclass `cls` (starting from the dict `base`, if given), after the config files and flags in
-    `argv`. Raises UserError on anything unknown or of the wrong type. `--help` prints all settings and exits."""
+    `argv`. Raises UserError on anything unknown, of the wrong type or not possible."""
+    return build(cls, collect(cls, argv, base))
+
+
+def collect(cls, argv, base=None):
+    """The values for `configure` by name, each of its type, not yet checked together: dict. UserError on what is
+    unknown or of the wrong type. `--help` prints all settings and exits."""
     if '--help' in argv or '-h' in argv:
         print(help_text(cls))
         sys.exit(0)
@@ -79,6 +85,11 @@ def configure(cls, argv, base=None):
             values[key] = convert(key, value, hints, where=f'{file}: ')
     for key, text in flags:
         values[key] = convert(key, text, hints, where='--', from_text=True)
+    return values
+
+
+def build(cls, values):
+    """The dataclass `cls` with these values. UserError if they are not possible."""
     try:
         return cls(**values)
     except ValueError as error:  # a value of the right type that is not possible

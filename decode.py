@@ -5,7 +5,7 @@ With a cache a new token costs one pass of itself alone; the keys and values of 
 computed again. Early exit adds a difficulty: a token that left at layer l has no keys and values above l, but later
 tokens that go deeper will want to attend to it there. We compute them from the state it left with, h_l, as CALM does
 ("state propagation"): the two small projections k and v of each block above, and nothing else. So the cache never has
-a hole, and above its exit a token costs 1/11 of a block (Paper A's shape).
+a hole, and above its exit a token costs 1/11 of a block's multiplications (Paper A's shape).
 
     exit_layer = k              every token leaves after block k
     exit_mode = 'gate'          at the first l with p_l > threshold (A6)
@@ -28,6 +28,8 @@ class KVCache:
 
     def __init__(self, model, batch_size):
         config = model.config
+        if not config.causal:
+            raise ValueError('a model that sees the future (causal=False) cannot decode')
         shape = (config.n_layer, batch_size, config.n_kv_head, config.block_size, config.n_embd // config.n_head)
         self.k = torch.zeros(shape, device=model.device)
         self.v = torch.zeros_like(self.k)
@@ -118,7 +120,9 @@ class Decoder:
         With an exit_mode a single token may leave before exit_layer; more of them run to it, in one pass."""
         last, T = self.model.require_layer(exit_layer), tokens.shape[1]
         if exit_mode is not None and T == 1:
-            return step_with_exits(self.model, tokens, self.cache, last, exit_mode, exit_threshold)
+            self.states, logits, layers = step_with_exits(self.model, tokens, self.cache, last, exit_mode,
+                                                          exit_threshold)
+            return logits, layers
         self.states = self.blocks(self.embed(tokens), 0, last)
         self.cache.length += T
         logits = self.logits(self.states[:, T - n_logits:], last).flatten(0, 1)
@@ -178,9 +182,14 @@ def require_sampling(idx, temperature, top_k):
     """ValueError if these cannot be sampled with."""
     if idx.shape[1] == 0:
         raise ValueError('the prompt is empty: generation starts from at least one token')
-    if not (temperature == 0 or temperature >= 1e-3) or (top_k is not None and top_k < 1):
-        raise ValueError(f'temperature is at least 0 (and then at least 0.001) and top_k at least 1, got {temperature} '
-                         f'and {top_k}')
+    require_temperature(temperature)
+    if top_k is not None and top_k < 1:
+        raise ValueError(f'top_k is at least 1, got {top_k}')
+
+
+def require_temperature(temperature):
+    if not (temperature == 0 or temperature >= 1e-3):
+        raise ValueError(f'temperature is 0, for the likeliest token, or at least 0.001, got {temperature}')
 
 
 @torch.no_grad()
@@ -207,7 +216,8 @@ def steps(model, idx, max_new_tokens, choose, decoder, exit_layer, exit_mode, ex
 def step_with_exits(model, idx, cache, last, mode, threshold):
     """One token of each sample through blocks 0 ... last, each sample only as deep as it needs.
 
-    idx (B, 1) int64 -> logits (B, V), and the layer that each sample left at, (B,) int64."""
+    idx (B, 1) int64 -> the states that they left the blocks with (B, 1, C), logits (B, V), and the layer that each
+    sample left at, (B,) int64."""
     B, rope = len(idx), model.rope(cache.length, 1)
     h = model.embedding(idx)  # (B, 1, C); a row stays as it is once its sample has left
     layers = torch.full((B,), last, device=idx.device)
@@ -227,7 +237,7 @@ def step_with_exits(model, idx, cache, last, mode, threshold):
             layers[leaving], inside[leaving] = layer, False
     cache.advance(1, depth=last + 1)
     states = torch.stack([model.exit_state(state, layer) for state, layer in zip(h[:, 0], layers.tolist())])
-    return model.head(states), layers
+    return h, model.head(states), layers
 
 
 def exit_score(model, h, before, layer, mode):

@@ -28,9 +28,10 @@ import torch
 
 import checkpoint
 import papers
-from configurator import configure, run
-from decode import stream
+from configurator import UserError, configure, run
+from decode import require_temperature, stream
 from exits import expected_exit_layer
+from model import BitSkip
 from native import fast_decoder
 from prepare import load_meta, load_tokens, prepare
 from quant import bit_linears, latent_weights
@@ -105,8 +106,9 @@ def measure_speed(model, layers, tokens, decoder=None, n_tokens=32, rounds=3):
 
 def measure_speculation(model, tokens, decoder=None, temperature=0.0, lengths=(1, 2, 3, 4, 6), n_tokens=48, rounds=3):
     """Speculative decoding (speculate.py), batch 1, by draft layer and draft length: a list of dicts. It continues four
-    windows of the split, in turn with plain decoding; the median of the ratios of their times counts."""
-    n_prompt = max(1, model.config.block_size // 4)
+    windows of the split (fewer, if it is tiny), in turn with plain decoding; the median of the ratios of their times
+    counts."""
+    n_prompt = max(1, min(model.config.block_size // 4, len(tokens) // 2))
     prompts = [torch.from_numpy(tokens[start:start + n_prompt].astype('int64'))[None].to(model.device)
                for start in range(0, len(tokens) - n_prompt, (len(tokens) - n_prompt) // 4 + 1)]
 
@@ -154,6 +156,8 @@ def parameter_breakdown(model):
     """Paper A's appendix: parameters by component, {name: count}."""
     def size(module):
         return sum(p.numel() for p in module.parameters())
+    with torch.device('meta'):
+        model = BitSkip(model.config)  # a packed model has buffers in their place
     counts = {'token embedding': size(model.embedding)}
     for block in model.blocks:
         for part in (block.attn, block.ffn):
@@ -209,13 +213,14 @@ def table(title, header, rows):
 
 
 def print_report(report, cell):
-    exits, full = report['exits'], report['exits'][-1]
+    exits, full, weights, stats = report['exits'], report['exits'][-1], report['weights'], report['stats']
+    kind = 'ternary weights' if stats['weights'] else 'full precision'
     paper = papers.A5 if len(exits) == len(papers.A5) and cell == 'BitSkip (H+EE)' else [None] * len(exits)
 
     def trade(e):  # B4, B5: PPL increase, speed gain, their quotient
         worse, faster = 100 * (e['ppl'] / full['ppl'] - 1), 100 * (e['tok_per_s'] / full['tok_per_s'] - 1)
         return [worse, faster, worse / faster if e is not full and faster > 0 else None]
-    table(f'Exits ({report["split"]} split, ternary weights; Tables A5, B3-B5)',
+    table(f'Exits ({report["split"]} split, {kind}; Tables A5, B3-B5)',
           ['layer', 'blocks', 'loss', 'PPL', 'bits/B', 'tok/s', 'PPL +%', 'speed +%', 'ratio', 'Paper A'],
           [[e['layer'], e['blocks'], e['loss'], e['ppl'], e['bits_per_byte'], e['tok_per_s'], *trade(e), p]
            for e, p in zip(exits, paper)])
@@ -226,12 +231,11 @@ def print_report(report, cell):
               [list(r.values()) for r in report['speculation']['sweep']])
         print(f'\nbest: --draft_layer={best["draft_layer"]} --draft_len={best["draft_len"]}, {best["speedup"]:.2f} '
               'times the speed of plain decoding at full depth')
-    weights, stats = report['weights'], report['stats']
     print(f'\nspeeds: {report["decoding"]}')
     if 'packed' in weights:
         packed, ternary = weights['packed']['ppl'], weights['ternary']['ppl']
         print(f'PPL with an int8 head: {packed:.4f}, {100 * (packed / ternary - 1):+.3f}% of {ternary:.4f}')
-    if 'latent' in weights and stats['weights']:
+    if 'latent' in weights:
         latent, ternary = weights['latent']['ppl'], weights['ternary']['ppl']
         theirs = papers.A3[cell]
         table('Latent and ternary weights (Table A3)', ['', 'latent PPL', 'ternary PPL', 'ternary +%'],
@@ -290,26 +294,38 @@ class EvalSettings:
     def __post_init__(self):
         if self.batch_size < 1:
             raise ValueError(f'batch_size is at least 1, got {self.batch_size}')
+        require_temperature(self.temperature)
+        if self.json.endswith('.png'):
+            raise ValueError(f'json={self.json} is the name of a picture, which is drawn beside the figures: end it in '
+                             '.json')
 
 
-def main(argv):
-    s = configure(EvalSettings, argv)
+def load_run(s):
+    """What the settings `s` name: the run's folder, its model, the meta of its data and the tokens of the split.
+    UserError if there is no such thing, or the model cannot decode."""
     keep_freed_memory()
     device = pick_device(s.device)
     out_dir = checkpoint.find_run(s.out_dir)
     model, settings = checkpoint.load_checkpoint(os.path.join(out_dir, s.checkpoint), device)
+    if not model.config.causal:
+        raise UserError(f'{out_dir} sees the future (causal=False) and cannot decode; its log.jsonl has its losses')
     folder = prepare(*checkpoint.told(settings, *checkpoint.DATA))
-    meta, tokens = load_meta(folder), load_tokens(folder, s.split)
+    return out_dir, model, load_meta(folder), load_tokens(folder, s.split)
+
+
+def main(argv):
+    s = configure(EvalSettings, argv)
+    out_dir, model, meta, tokens = load_run(s)
     layers = list(range(model.config.n_layer))
-    is_packed = any(layer.frozen for layer in bit_linears(model))
     print(f'evaluating {len(layers)} exits on {len(tokens):,} tokens')
     losses = evaluate(model, tokens, layers, s.batch_size)
-    weights = {'ternary': losses[-1]}
+    weights = {'ternary' if bit_linears(model) else 'full precision': losses[-1]}
     fast, decoder, how = model, None, 'PyTorch'
-    if s.packed and bit_linears(model):
+    if s.packed:
         fast, decoder, how = fast_decoder(model)
+    if fast is not model:
         weights['packed'] = evaluate(fast, tokens, batch_size=s.batch_size)[-1]
-    if not is_packed:
+    if any(not layer.frozen for layer in bit_linears(model)):  # neither packed nor in full precision
         with latent_weights(model):
             weights['latent'] = evaluate(model, tokens, batch_size=s.batch_size)[-1]
     speeds = measure_speed(fast, layers, tokens, decoder)

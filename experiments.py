@@ -95,9 +95,15 @@ TABLES = {
     'routing': Table('what the routing loss (A9) costs', {
         f'{name}, λ_r {value}': f'{arguments}{flag}'
         for name, arguments in (('Baseline', 'config/baseline.py'), ('H-only', 'config/bitskip_h.py'),
+                                ('Baseline, init 0.1', 'config/baseline.py --init_scale=0.1'),
                                 ('BitSkip (H+EE)', 'config/bitskip_h_ee.py'),
                                 ('full precision', 'config/baseline.py --linear=fp'))
         for value, flag in ((0.2, ''), (0, ' --lambda_r=0'))}),
+    'unrouted': Table('the four cells of Paper A without the routing loss', {
+        'Baseline': 'config/baseline.py --lambda_r=0',
+        'H-only': 'config/bitskip_h.py --lambda_r=0',
+        'EE-only': 'config/bitskip_ee.py --lambda_r=0',
+        'BitSkip (H+EE)': 'config/bitskip_h_ee.py --lambda_r=0'}, seeds=5, steps=FULL),
     'ingredients': Table('what exits do to the model that they are trained with, one change at a time', {
         'H-only': 'config/bitskip_h.py',
         "Paper A's recipe": 'config/bitskip_h_ee.py',
@@ -130,6 +136,7 @@ TABLES = {
         'a quarter of the positions, λ 0.25': 'config/compose.py --ee_share=0.25 --lambda_ee=0.25',
         'head detached': 'config/compose.py --ee_detach_head=True',
         'half distilled': 'config/compose.py --ee_distill=0.5',
+        'no norm at the exits': 'config/compose.py --exit_norm=none',
         'adapters': 'config/compose.py --ee_adapter=16',
         '30% of the tokens leave': 'config/compose.py --ee_leave=0.3',
         'gentle skipping, of the last block too': 'config/compose.py --p_max=0.2 --skip_last=True'},

@@ -64,7 +64,7 @@ class BitSkipConfig:
     lambda_q: float = 0.05  # weight of the quantization loss (A8)
     lambda_r: float = 0.2  # weight of the routing loss (A9)
     gate_loss: Literal['cost', 'agreement', 'overlap'] = 'cost'  # gates learn a mean exit (A9), or how an exit agrees
-    target_exit: int = 6  # l*, the mean exit layer that the gates are trained for (A9)
+    target_exit: int | None = None  # l*, the mean exit layer that gates learn (A9); none: L / 2, as Paper A's 6 of 12
     gate_dim: int = 32  # inner width of the gates (A6); 0: no gates
     init_scale: float = 1.0  # experiment: of the projections' initial weights (the authors' BitLinear: 0.1)
     unshifted: Literal['none', 'exits', 'all'] = 'none'  # experiment: train these on the current token, as the authors
@@ -89,16 +89,18 @@ class BitSkipConfig:
         require(self.act_bits in (4, 8), f'act_bits is 4 or 8, got {self.act_bits}')
         require(0 <= self.p_max <= 1, f'p_max is a probability, got {self.p_max}')
         require(0 <= self.dropout < 1, f'dropout is a probability below 1, got {self.dropout}')
-        require(self.gate_dim >= 0, f'gate_dim is at least 0, got {self.gate_dim}')
+        for name in ('gate_dim', 'ee_adapter'):
+            require(0 <= getattr(self, name) <= 2 ** 20, f'{name} is 0 to {2 ** 20}, got {getattr(self, name)}')
         require(0 <= self.ee_distill <= 1, f'ee_distill is a share, 0 to 1, got {self.ee_distill}')
         require(0 < self.ee_share <= 1, f'ee_share is a share, above 0 and up to 1, got {self.ee_share}')
         require(self.ee_share == 1 or self.ee_positions == 'sampled',
                 f"ee_share={self.ee_share} needs ee_positions='sampled'")
         require(0 <= self.ee_leave <= 1, f'ee_leave is a share, 0 to 1, got {self.ee_leave}')
-        require(self.ee_adapter >= 0, f'ee_adapter is at least 0, got {self.ee_adapter}')
         require(self.init_scale > 0, f'init_scale is above 0, got {self.init_scale}')
         for name in ('lambda_ee', 'lambda_q', 'lambda_r'):
             require(getattr(self, name) >= 0, f'{name} is at least 0, got {getattr(self, name)}')
+        if self.target_exit is None:
+            self.target_exit = self.n_layer // 2
 
     @classmethod
     def of(cls, settings):

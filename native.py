@@ -38,6 +38,7 @@ from quant import HBitLinear, bit_linears
 SOURCE = pathlib.Path(__file__).with_name('native.c')
 FLAGS = ['-std=gnu11', '-O3', '-shared', '-fPIC', '-pthread', '-ffp-contract=off', '-fno-trapping-math']
 ISAS = ('portable C', 'AVX2', 'AVX-512 VNNI')  # by native.c's numbers
+UNPACKABLE = ('fp', 'hadamard_after')  # projections without ternary weights, and those for training only
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -180,7 +181,10 @@ EXIT_NUMBERS = {mode: i for i, mode in enumerate((None, *EXIT_MODES))}  # native
 
 def fast_decoder(model):
     """What decodes one text quickest: (a model, its decoder or None for PyTorch, how in words). On a CPU packed weights
-    with an int8 head, in C if it compiles; on a GPU 2-bit weights by way of Triton, or the model as it is."""
+    with an int8 head, in C if it compiles; on a GPU 2-bit weights by way of Triton; where neither can be, the model as
+    it is. ValueError if it cannot decode."""
+    if model.config.linear in UNPACKABLE:
+        return model, None, f'as trained, since linear={model.config.linear!r} cannot be packed'
     if model.device.type != 'cpu':
         two_bit, how = triton_ternary.available(model.device.type)
         return (to_ternary(model, head='fp32'), None, how) if two_bit else (model, None, f'as trained, since {how}')
@@ -208,8 +212,8 @@ class Decoder:
             raise RuntimeError(how)
         threads, best = threads or torch.get_num_threads(), self.lib.best_isa()
         isa = best if isa is None else isa
-        if model.config.linear == 'fp':
-            raise ValueError("native decoding is for ternary weights, and this model has none (linear='fp')")
+        if model.config.linear in UNPACKABLE:
+            raise ValueError(f'native decoding is for packed weights: linear={model.config.linear!r} cannot be packed')
         if any(layer.latent for layer in bit_linears(model)):
             raise ValueError('native decoding is for ternary weights, and this model computes with its latent ones')
         if not model.config.causal:

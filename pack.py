@@ -30,9 +30,10 @@ def main(argv):
     trained, small = os.path.join(out_dir, 'ckpt.pt'), os.path.join(out_dir, 'packed.pt')
     contents = checkpoint.load(trained)
     model = checkpoint.build_model(contents, trained)
-    if model.config.linear == 'fp':
-        raise UserError(f"{trained} is a full-precision model (linear='fp'): it has no ternary weights to pack")
-    packed = to_ternary(model)
+    try:
+        packed = to_ternary(model)
+    except ValueError as error:
+        raise UserError(f'{trained}: {error}') from None
     checkpoint.save(small, contents | {'model': packed_state(packed), 'packed': True})
     settings = contents['settings']
     tokens = load_tokens(prepare(*checkpoint.told(settings, *checkpoint.DATA)), 'val')

@@ -54,13 +54,14 @@ class Int8Embedding(Int8Rows):
 @torch.no_grad()
 def to_ternary(model, head='int8'):
     """A copy of `model` for inference, in eval mode, with frozen ternary projections; head: 'int8' or 'fp32' for both
-    head and embedding. ValueError on another head, or on a model without ternary layers."""
+    head and embedding. A model that is packed already comes back itself, with the head that it has. ValueError on
+    another head, or on a model without ternary layers."""
     if head not in ('int8', 'fp32'):
         raise ValueError(f"head is 'int8' or 'fp32', got {head!r}")
     if not bit_linears(model):
         raise ValueError("a full-precision model (linear='fp') has no ternary weights to pack")
     if bit_linears(model)[0].frozen:
-        return model  # packed already
+        return model
     packed = copy.deepcopy(model).eval().requires_grad_(False)
     for layer in bit_linears(packed):
         layer.freeze()

@@ -76,15 +76,16 @@ def main(argv):
     if len(ids) > block_size:
         print(f'the prompt has {len(ids)} tokens, the model sees {block_size}: the first {len(ids) - block_size} are '
               'cropped')
-    decoder = None
-    if s.packed and model.config.linear != 'fp':
-        model, decoder, how = fast_decoder(model)
-        print(f'decoding: {how} (--packed=False for the model as it was trained)')
     generator, prompt_ids = torch.Generator(device).manual_seed(s.seed), torch.tensor([ids], device=device)
     drafting, exit_mode = s.draft_layer is not None, None if s.exit_mode == 'none' else s.exit_mode
     if drafting and (s.exit_layer is not None or exit_mode):
         raise UserError('--draft_layer checks every token at full depth; leave out --exit_layer and --exit_mode')
+    trained, decoder = model, None
     try:
+        if s.packed:
+            model, decoder, how = fast_decoder(trained)
+            otherwise = '' if model is trained else ' (--packed=False for the model as it was trained)'
+            print(f'decoding: {how}{otherwise}')
         if drafting:
             steps = speculate(model, prompt_ids, s.max_new_tokens, s.draft_layer, s.draft_len, s.temperature, s.top_k,
                               generator, decoder)

@@ -193,9 +193,9 @@ FOUR = (0, 5, 10, 11)  # exits of a model of 12 layers
 MAKE = {'bench': bench, 'claims': claims, 'rates': rates, 'A2': a2, 'A3': a3, 'A4': a4, 'A5': a5,
         'A6': plain('A6', papers.A6), 'A7': plain('A7', papers.A7), 'A8': plain('A8', papers.A8),
         'price': plain('price'), 'cliff': at_exits('cliff', FOUR), 'norm': plain('norm'), 'order': plain('order'),
-        'latent': latent, 'leak': leak, 'routing': plain('routing'), 'compose': compose, 'tradeoff': tradeoff,
-        'ingredients': at_exits('ingredients', FOUR), 'around': at_exits('around', FOUR),
-        'longer': at_exits('longer', FOUR), 'share': at_exits('share', FOUR),
+        'latent': latent, 'leak': leak, 'routing': plain('routing'), 'unrouted': plain('unrouted'),
+        'compose': compose, 'tradeoff': tradeoff, 'ingredients': at_exits('ingredients', FOUR),
+        'around': at_exits('around', FOUR), 'longer': at_exits('longer', FOUR), 'share': at_exits('share', FOUR),
         'B': at_exits('B', (5, 11, 17, 23), paper=papers.B)}
 TITLES = {'bench': 'speed and memory', 'claims': "the papers' claims",
           'tradeoff': 'PPL and agreement with full depth, at a share of its blocks',

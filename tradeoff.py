@@ -24,7 +24,8 @@ and one that changes nothing but the time:
 For each setting of the knob: blocks run per token (the mean), PPL, and in how many places the likeliest token is the
 one of full depth. Every token is predicted once, from the true text before it, whose tokens left by the same rule and
 are seen by the blocks above with the state that they left with (decode.exit_states), as in decoding. Deciding costs
-something, too, which blocks do not show: confidence reads the head at each exit, a gate is 2% of a block (Paper A).
+something, too, which blocks do not show: confidence reads the head at each exit, with the multiplications of 9 blocks,
+a gate takes those of 1/176 of a block (Paper A's shape).
 With drafts more blocks are run than without, but several tokens go through a block at once; they are counted as often
 as one waits for them, (n (k + 1) + L) / (tokens a pass) with n drafts a pass.
 """
@@ -39,10 +40,9 @@ import torch.nn.functional as F
 import checkpoint
 from configurator import configure, run
 from decode import EXIT_MODES, exit_states
-from eval_exits import measure_speculation, perplexity, table, windows
+from eval_exits import load_run, measure_speculation, perplexity, table, windows
 from native import fast_decoder
-from prepare import load_tokens, prepare
-from runtime import commit, keep_freed_memory, machine, pick_device
+from runtime import commit, machine
 
 ROWS = 512  # logits of so many tokens at a time
 THRESHOLDS = {'gate': (0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95),
@@ -155,10 +155,7 @@ class TradeoffSettings:
 
 def main(argv):
     s = configure(TradeoffSettings, argv)
-    keep_freed_memory()
-    out_dir = checkpoint.find_run(s.out_dir)
-    model, settings = checkpoint.load_checkpoint(os.path.join(out_dir, s.checkpoint), pick_device(s.device))
-    tokens = load_tokens(prepare(*checkpoint.told(settings, *checkpoint.DATA)), s.split)
+    out_dir, model, _, tokens = load_run(s)
     tokens = tokens[:s.max_tokens or None]
     points = measure(model, tokens)
     points += [point | {'loss': points[model.config.n_layer - 1]['loss']} for point in measure_drafts(model, tokens)]

@@ -30,7 +30,7 @@ import torch
 from tqdm import tqdm
 
 import checkpoint
-from configurator import UserError, configure, run
+from configurator import UserError, build, collect, run
 from eval_exits import bits_per_byte, evaluate, perplexity
 from exits import curriculum_weights, exit_weights, ramp
 from model import BitSkip, BitSkipConfig
@@ -77,7 +77,9 @@ class TrainSettings(BitSkipConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ('batch_size', 'gradient_accumulation_steps', 'max_iters', 'eval_interval', 'log_interval'):
+        if not 1 <= self.batch_size <= 2 ** 20:
+            raise ValueError(f'batch_size is 1 to {2 ** 20}, got {self.batch_size}')
+        for name in ('gradient_accumulation_steps', 'max_iters', 'eval_interval', 'log_interval'):
             if getattr(self, name) < 1:
                 raise ValueError(f'{name} is at least 1, got {getattr(self, name)}')
         if self.log_to != 'none' and find_spec(self.log_to) is None:
@@ -86,10 +88,15 @@ class TrainSettings(BitSkipConfig):
         for name in ('beta1', 'beta2'):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f'{name} is at least 0 and below 1, got {getattr(self, name)}')
-        for name in ('patience', 'learning_rate', 'min_lr', 'warmup_iters', 'decay_frac', 'weight_decay', 'grad_clip',
-                     'seed'):
+        if not 0 <= self.decay_frac <= 1:
+            raise ValueError(f'decay_frac is a share, 0 to 1, got {self.decay_frac}')
+        for name in ('patience', 'learning_rate', 'min_lr', 'warmup_iters', 'weight_decay', 'grad_clip', 'seed'):
             if not getattr(self, name) >= 0:
                 raise ValueError(f'{name} is at least 0, got {getattr(self, name)}')
+        learns_cost = self.gate_dim and self.lambda_r and self.gate_loss == 'cost'
+        if learns_cost and not 0 <= self.target_exit < self.n_layer:  # (checked here: a finished model may have any)
+            raise ValueError(f'target_exit={self.target_exit} is outside the model: its {self.n_layer} layers are 0 to '
+                             f'{self.n_layer - 1}, and --target_exit=none means half of them')
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -215,9 +222,12 @@ class Run:
         torch.manual_seed(s.seed)
         self.model = BitSkip(BitSkipConfig.of(asdict(s)))
         if s.freeze:
-            if not self.model.adapters and not self.model.gates:
-                raise UserError('--freeze=True trains adapters and gates, and this model has none: give it some with '
-                                '--ee_adapter=16 or --gate_dim=32')
+            if s.init_from == 'scratch':
+                raise UserError('--freeze=True trains exits on a finished model: name its run, as in '
+                                '--init_from=out/bitskip_h-cpu')
+            if not (self.model.adapters and s.lambda_ee or self.model.gates and s.lambda_r):
+                raise UserError('--freeze=True trains adapters by lambda_ee and gates by lambda_r, and this run has '
+                                'neither pair: take --ee_adapter=16 --lambda_ee=1 or --gate_dim=32 --lambda_r=1')
             self.model.requires_grad_(False)
             self.model.adapters.requires_grad_(True)
             self.model.gates.requires_grad_(True)
@@ -254,10 +264,11 @@ class Run:
                                           strict)
 
     def start_from(self, saved):
-        """Take over the weights of a finished model. Adapters and gates may be new; gates that learned to meet a cost
-        (A9) are, where they shall learn agreement."""
+        """Take over the weights of a finished model. Adapters and gates may be new; gates are, where they learned by
+        another gate_loss."""
+        same_gates = saved['settings'].get('gate_loss', 'cost') == self.s.gate_loss
         state = {name: weight for name, weight in saved['model'].items()
-                 if not (name.startswith('gates.') and self.s.gate_loss != 'cost')}
+                 if same_gates or not name.startswith('gates.')}
         try:
             missing, odd = self.load_weights(state, strict=False)
         except RuntimeError as error:
@@ -346,7 +357,8 @@ class Run:
         losses = self.forward_backward(done)
         grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), s.grad_clip or math.inf)
         grad_norm = gathered(grad_norm).item()
-        self.require_finite(done, losses['total'], grad_norm)
+        total = losses['total']
+        self.require_finite(f'step {done}: the loss is {total}, its gradient {grad_norm}', total, grad_norm)
         lr = get_lr(done, s)
         for group in self.optimizer.param_groups:
             group['lr'] = lr
@@ -371,6 +383,8 @@ class Run:
         micros = range(self.rank, s.gradient_accumulation_steps, self.world)  # this process's share
         ee_weights = curriculum_weights(exit_weights(s.n_layer, s.ee_weighting), s.ee_curriculum, step, s.max_iters)
         ee_weights *= ramp(s.ee_ramp, step, s.max_iters)
+        # while lambda_ee is 0, at a ramp's foot, a frozen model's adapters have no gradient
+        learns = not s.freeze or bool(s.lambda_r and self.model.gates) or bool(ee_weights.any())
         total = 0
         for micro in micros:
             seed_microbatch(s.seed, step, micro)
@@ -379,23 +393,23 @@ class Run:
             synchronize = self.world == 1 or s.fsdp or micro == micros[-1]
             with nullcontext() if synchronize else self.module.no_sync():
                 latent = latent_weights(self.model) if s.train_latent else nullcontext()
-                with autocast(self.device, s.dtype), latent:
+                with autocast(self.device, s.dtype), latent, torch.set_grad_enabled(learns):
                     _, losses = self.module(idx, targets, return_logits=False, ee_weights=ee_weights)
-                (losses['total'] / len(micros)).backward()
+                if learns:
+                    (losses['total'] / len(micros)).backward()
             total = total + torch.stack([loss.detach() for loss in losses.values()])
         if s.fsdp:
             forget_skipped(self.model.blocks, self.processes)
         total = self.processes.sum(total) / s.gradient_accumulation_steps
         return dict(zip(losses, total.tolist()))
 
-    def require_finite(self, step, loss, grad_norm):
-        if math.isfinite(loss) and math.isfinite(grad_norm):
+    def require_finite(self, found, *numbers):
+        if all(map(math.isfinite, numbers)):
             return
         saved = self.path('last.pt')
         keep = f'the last good state, {saved}, is unharmed' if os.path.exists(saved) else 'nothing was saved yet'
-        raise Diverged(f'step {step}: the loss is {loss}, its gradient {grad_norm}: training has diverged; {keep}; '
-                        f'try a lower --learning_rate than {self.s.learning_rate:g}, a longer --warmup_iters or a '
-                        'smaller --grad_clip')
+        raise Diverged(f'{found}: training has diverged; {keep}; try a lower --learning_rate than '
+                       f'{self.s.learning_rate:g}, a longer --warmup_iters or a smaller --grad_clip')
 
     def evaluate_and_save(self):
         """Loss over the whole validation split, with ternary weights (of a frozen model: the mean over its exits);
@@ -405,9 +419,11 @@ class Run:
         with autocast(self.device, self.s.dtype):
             losses = evaluate(self.model, self.val_tokens, layers, self.s.batch_size, self.processes)
         loss = sum(losses) / len(losses)
+        self.require_finite(f'step {progress["iter"]}: the validation loss is {loss}', loss)
+        gates_only = self.s.freeze and not (self.model.adapters and self.s.lambda_ee)
         with self.interrupts.held():
             progress['last_eval'] = progress['iter']
-            if loss < progress['val_loss']:
+            if loss < progress['val_loss'] or gates_only:  # gates do not change an exit's loss: the newest are best
                 progress['val_loss'], progress['bad_evals'] = loss, 0
                 self.save('ckpt.pt', with_optimizer=False)
             else:
@@ -416,8 +432,13 @@ class Run:
             self.log(iter=progress['iter'], val_loss=loss, val_ppl=perplexity(loss), best=progress['val_loss'])
             self.save('last.pt', with_optimizer=True)
         if self.processes.is_main:
-            self.bar.write(f'step {progress["iter"]}: {describe(loss, self.meta)}'
+            self.bar.write(f'step {progress["iter"]}: {self.describe(loss)}'
                       + (f', no better than {progress["val_loss"]:.4f}' if progress['bad_evals'] else ''))
+
+    def describe(self, loss):
+        kind = 'full precision' if self.s.linear == 'fp' else 'ternary weights'
+        return (f'val loss {loss:.4f}, PPL {perplexity(loss):.4g}, {bits_per_byte(loss, self.meta):.3f} bits per byte '
+                f'({self.meta["tokenizer"]}, {kind})')
 
     def say(self, text):
         if self.processes.is_main:
@@ -432,11 +453,6 @@ def is_logged_by(line, progress):
         return entry.get('iter', 0) <= limit
     except (ValueError, TypeError, AttributeError, RecursionError):  # half a line, of a killed process, or not ours
         return False
-
-
-def describe(loss, meta):
-    return (f'val loss {loss:.4f}, PPL {perplexity(loss):.4g}, {bits_per_byte(loss, meta):.3f} bits per byte '
-            f'({meta["tokenizer"]}, ternary weights)')
 
 
 def training_flops(s):
@@ -465,17 +481,15 @@ def read_settings(argv):
     own settings hold, the config files only name its folder, and flags come on top (--max_iters to train on, say).
     From another run's model: that run's settings, then config files and flags on top."""
     names = [Path(arg).stem for arg in argv if arg.endswith('.py') and not arg.startswith('--')]
-    default_out = os.path.join('out', '-'.join(names) or 'bitskip')
-    s = configure(TrainSettings, argv)
-    s.out_dir = s.out_dir or default_out
-    if s.init_from == 'scratch':
-        return s, None
-    resumes = s.init_from == 'resume'
-    saved = checkpoint.load(os.path.join(s.out_dir, 'last.pt') if resumes else os.path.join(s.init_from, 'ckpt.pt'))
-    known = {field.name for field in fields(TrainSettings)} - {'fsdp'}  # which is this launch's matter
-    base = {key: value for key, value in saved['settings'].items() if key in known} | {'out_dir': s.out_dir}
-    flags = [arg for arg in argv if not (resumes and arg.endswith('.py'))]
-    return configure(TrainSettings, flags, base), saved
+    values, saved = collect(TrainSettings, argv), None
+    out_dir, init_from = values['out_dir'] or os.path.join('out', '-'.join(names) or 'bitskip'), values['init_from']
+    if init_from != 'scratch':
+        resumes = init_from == 'resume'
+        saved = checkpoint.load(os.path.join(out_dir, 'last.pt') if resumes else os.path.join(init_from, 'ckpt.pt'))
+        known = {field.name for field in fields(TrainSettings)} - {'fsdp'}  # which is this launch's matter
+        base = {key: value for key, value in saved['settings'].items() if key in known}
+        values = collect(TrainSettings, [arg for arg in argv if not (resumes and arg.endswith('.py'))], base)
+    return build(TrainSettings, values | {'out_dir': out_dir, 'init_from': init_from}), saved
 
 
 def main(argv):
@@ -504,12 +518,13 @@ def main(argv):
                  + (how if fast else f'fake quantization in floats, since {how}'))
     finished = training.train()
     progress = training.progress
-    if finished and math.isfinite(progress['val_loss']):
+    if finished:
         early = f' --exit_layer {max(0, s.n_layer - 2)}' if s.lambda_ee else ''  # else its exits were not trained
-        training.say(f'best: {describe(progress["val_loss"], training.meta)}\n'
+        folder = '' if Path(s.out_dir).parent == Path('out') else f' --out_dir={s.out_dir}'  # where the scripts look
+        training.say(f'best: {training.describe(progress["val_loss"])}\n'
                      f'after {progress["iter"]} steps and {progress["seconds"] / 60:.1f} minutes; model in '
                      f'{training.path("ckpt.pt")}\nnext:\n'
-                     f'  python sample.py{early}\n  python eval_exits.py')
+                     f'  python sample.py{folder}{early}\n  python eval_exits.py{folder}')
     training.module = None  # a DDP wrapper must go before its process group
     training.processes.close()
     return finished

@@ -3,6 +3,8 @@ import json
 import os
 import re
 import statistics
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ import tables
 import train
 from ablate import Run
 from claims import CLAIMS, MEASUREMENT, Claim
+from configurator import configure
 from experiments import RATES, SHORT, TABLES, Table
 from test_train import TINY, text  # noqa: F401 (a fixture)
 
@@ -26,7 +29,7 @@ def test_every_cell_is_a_command_line_of_train(name, scale, monkeypatch):
     table = TABLES[name]
     for label, arguments in table.cells.items():
         for run in [Run(arguments, 1e-3, 7, 650, scale), *ablate.swept_runs(table, label, scale)]:
-            settings = train.configure(train.TrainSettings, run.command())
+            settings = configure(train.TrainSettings, run.command())
             assert (settings.dataset == 'pydocs' and settings.max_iters == 650) == (scale == 'cpu')
 
 
@@ -160,14 +163,21 @@ def test_runs_are_done_once_resumed_and_shared(text, monkeypatch):  # noqa: F811
     assert run.path.stat().st_mtime_ns == before
 
 
-def test_claims_of_the_living_hold_and_those_of_the_dead_do_not(table):
+def test_a_run_is_claimed_by_one_living_process_at_a_time(table):
+    """Two processes took over the claim of a dead one at once, and trained into one folder."""
     run = ablate.swept_runs(table, 'a', 'cpu')[0]
-    lock = run.lock
-    lock.parent.mkdir(parents=True)
-    lock.write_text(str(os.getppid()))
-    assert not ablate.claim(run)
-    lock.write_text('999999999')
-    assert ablate.claim(run) and lock.read_text() == str(os.getpid())
+    hold = 'import ablate, sys, time; claim = ablate.claim(ablate.Run(*eval(sys.argv[1]))); print(claim.__enter__(), '\
+           'flush=True); time.sleep(99)'
+    arguments = repr((run.arguments, run.rate, run.seed, run.steps, run.scale))
+    with subprocess.Popen([sys.executable, '-c', hold, arguments], stdout=subprocess.PIPE, text=True,
+                          env=os.environ | {'PYTHONPATH': str(ROOT)}) as other:
+        assert other.stdout.readline() == 'True\n'
+        with ablate.claim(run) as mine:
+            assert not mine
+        other.kill()
+    for _ in range(2):
+        with ablate.claim(run) as mine:
+            assert mine
 
 
 def test_diverged_runs_are_results(table, monkeypatch):

@@ -15,8 +15,8 @@ from campaign_fuzz import TARGETS, Bomb, break_value, broken_bytes, verdict
 
 import checkpoint
 import prepare
-from configurator import UserError
-from train import TrainSettings, configure, is_logged_by
+from configurator import UserError, configure
+from train import TrainSettings, is_logged_by
 
 ROOT = Path(__file__).resolve().parent.parent
 

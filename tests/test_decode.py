@@ -7,6 +7,7 @@ import decode
 from decode import EXIT_MODES, KVCache, sample, stream
 
 KINDS = ['fp', 'bitlinear', 'hbitlinear']
+MODES = [('gate', 0.45), ('confidence', 0.2), ('saturation', 0.72)]  # thresholds that some tokens of random models pass
 GREEDY = dict(temperature=0.0)
 
 
@@ -127,7 +128,7 @@ def slow_exits(model, text, n_prompt, mode, threshold, last):
 
 
 @pytest.mark.parametrize('linear', KINDS)
-@pytest.mark.parametrize('mode, threshold', [('gate', 0.45), ('confidence', 0.2), ('saturation', 0.72)])
+@pytest.mark.parametrize('mode, threshold', MODES)
 @pytest.mark.parametrize('last', [2, 3])
 @pytest.mark.parametrize('exit_norm', ['final', 'none'])
 def test_a6_exits_leave_no_holes_in_the_cache(make_model, tokens, run, linear, mode, threshold, last, exit_norm):
@@ -145,7 +146,7 @@ def test_a6_exits_leave_no_holes_in_the_cache(make_model, tokens, run, linear, m
 
 
 @pytest.mark.parametrize('linear', KINDS)
-@pytest.mark.parametrize('mode, threshold', [('gate', 0.45), ('confidence', 0.2), ('saturation', 0.72)])
+@pytest.mark.parametrize('mode, threshold', MODES)
 @pytest.mark.parametrize('settings', [{}, {'exit_norm': 'none'}, {'ee_adapter': 3}], ids=str)
 def test_a6_whole_texts_leave_as_their_tokens_do(make_model, tokens, linear, mode, threshold, settings):
     """Counting exits in one pass over a text gives the layers and logits that decoding it step by step gives."""
@@ -183,6 +184,16 @@ def test_a6_a_negative_threshold_leaves_at_once(make_model, tokens, run, mode):
     """All but the prompt, which runs in full."""
     layers = run(make_model(), tokens(3, 5), 8, exit_mode=mode, exit_threshold=-1.0)[1]
     assert (layers[:, 0] == 2).all() and not layers[:, 1:].any()
+
+
+@pytest.mark.parametrize('mode, threshold', MODES)
+def test_a6_the_states_are_those_that_the_logits_are_of(make_model, tokens, mode, threshold):
+    """With an exit mode they were left over from the step before."""
+    decoder = decode.Decoder(make_model(n_layer=4), batch_size=1)
+    decoder.step(tokens(1, 3))
+    for token in tokens(1, 4)[0]:
+        logits, layer = decoder.step(token.reshape(1, 1), exit_mode=mode, exit_threshold=threshold)
+        assert torch.equal(decoder.logits(decoder.states[:, 0], layer.item()), logits)
 
 
 @pytest.mark.parametrize('n_prompt', [1, 2, 5])
@@ -285,6 +296,8 @@ def test_stream_refuses_an_empty_prompt_and_gates_that_are_not_there(make_model,
     with pytest.raises(ValueError, match="no gates.*exit_mode='saturation'"):
         stream(make_model(gate_dim=0), tokens(), 3, exit_mode='gate')
     assert make_model(gate_dim=0).generate(tokens(2, 4), 3, exit_mode='confidence').shape == (2, 7)
+    with pytest.raises(ValueError, match='sees the future'):
+        stream(make_model(causal=False), tokens(), 3)
 
 
 def test_generate_no_tokens(make_model, tokens):

@@ -72,7 +72,8 @@ def test_a3_hadamard_layers(make_model, where, transformed):
     dict(vocab_size=0), dict(block_size=0), dict(n_layer=0), dict(n_head=0), dict(n_kv_head=0), dict(n_embd=0),
     dict(ffn_dim=0), dict(n_embd=36, n_head=8), dict(n_embd=8, n_head=8), dict(n_head=8, n_kv_head=3),
     dict(act_bits=6), dict(p_max=-0.1), dict(p_max=1.1), dict(p_max=math.nan), dict(dropout=1.0), dict(gate_dim=-1),
-    dict(lambda_ee=-1.0), dict(lambda_q=-1.0), dict(lambda_r=math.nan)], ids=str)
+    dict(gate_dim=2 ** 62), dict(ee_adapter=-1), dict(ee_adapter=2 ** 62), dict(lambda_ee=-1.0), dict(lambda_q=-1.0),
+    dict(lambda_r=math.nan)], ids=str)
 def test_config_refuses(wrong):
     with pytest.raises(ValueError, match=list(wrong)[0]):
         BitSkipConfig(**wrong)
@@ -93,6 +94,12 @@ def test_config_of_larger_settings():
     assert config == BitSkipConfig(n_layer=3, linear='fp')
     assert BitSkipConfig.of(BitSkip(BitSkipConfig(n_layer=1, vocab_size=8)).settings()).vocab_size == 8
     assert len(CHOICES) > 5 and set(CHOICES) < {field.name for field in fields(BitSkipConfig)}
+
+
+def test_target_exit_is_half_of_the_layers_unless_given():
+    """It was 6 at any depth, which gates of six layers or less cannot reach; what was trained so still loads."""
+    assert [BitSkipConfig(n_layer=n).target_exit for n in (1, 3, 12, 24)] == [0, 1, 6, 12]
+    assert BitSkipConfig.of({'n_layer': 3, 'target_exit': 6}).target_exit == 6
 
 
 # --------------------------------------------------------------------------------------------------------------------

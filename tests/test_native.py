@@ -305,8 +305,11 @@ def test_impossible_models(make, make_model):
             decoder(**options)
     with pytest.raises(ValueError, match='rounded already'):
         native.Decoder(to_ternary(model, 'int8'), head='fp32')
-    with pytest.raises(ValueError, match="linear='fp'"):
-        native.Decoder(make_model(linear='fp'))
+    for linear in ('fp', 'hadamard_after'):
+        with pytest.raises(ValueError, match=f"linear='{linear}' cannot be packed"):
+            native.Decoder(make_model(linear=linear))
+    with pytest.raises(ValueError, match='sees the future'):
+        native.Decoder(make_model(linear='bitlinear', causal=False))
     model.blocks[0].attn.q.latent = True
     with pytest.raises(ValueError, match='latent'):
         decoder()

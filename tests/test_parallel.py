@@ -20,6 +20,7 @@ from test_train import ENV, ROOT, command, flags, log, text, wait_for_checkpoint
 
 import checkpoint
 import train
+from configurator import configure
 from eval_exits import evaluate
 from parallel import Processes, gathered, replicate
 
@@ -31,7 +32,7 @@ SETTINGS = dict(batch_size=1, gradient_accumulation_steps=4, skip_schedule='unif
 
 def run_of(**changes):
     """A Run that is ready for forward_backward."""
-    training = train.Run(train.configure(train.TrainSettings, flags(**SETTINGS | changes)))
+    training = train.Run(configure(train.TrainSettings, flags(**SETTINGS | changes)))
     training.module = replicate(training.model) if training.world > 1 and not training.s.fsdp else training.model
     return training
 
@@ -97,6 +98,12 @@ def test_losses_and_gradients_are_those_of_one_process(folder, kind):
             else:
                 torch.testing.assert_close(their_grads[name] / largest, grad / largest, rtol=1e-4, atol=1e-6)
     assert missing
+
+
+@pytest.mark.parametrize('kind', ['ddp', 'fsdp'])
+def test_a_step_without_gradient_does_not_confuse_the_next(folder, kind):
+    """At the foot of a ramp a frozen model learns nothing; DDP waits for the backward pass of any forward pass."""
+    assert [loss > 0 for loss in torch.load(folder / f'{kind}0.pt')['ramp']] == [False, True, True]
 
 
 def test_every_process_sees_other_data(folder):
@@ -237,6 +244,8 @@ def worker():
             seen['share'] = {'total': sum(p.numel() for p in parameters)} | {
                 name: sum(tensor.to_local().numel() for tensor in tensors) for name, tensors in
                 {'weights': parameters, 'gradients': [p.grad for p in parameters], 'moments': moments}.items()}
+        frozen = run_of(fsdp=kind == 'fsdp', freeze=True, init_from='out/one', lambda_r=0.0, ee_ramp='up')
+        seen['ramp'] = [frozen.forward_backward(step)['ee'] for step in range(3)]
         torch.save(seen, f'{kind}{processes.rank}.pt')
         training.module = None
     train.main(['--out_dir=out/one_fsdp', '--init_from=resume', '--max_iters=8', '--fsdp=True'])

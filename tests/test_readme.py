@@ -24,6 +24,7 @@ import sample
 import tables
 import tradeoff
 import train
+from configurator import configure
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / 'README.md').read_text()
@@ -102,7 +103,7 @@ def test_every_flag_in_the_text_exists():
 
 def test_the_plan_for_paper_b_is_what_the_code_computes():
     """Parameters, operations, tokens/s, hours and dollars of the plan, from settings, peak and price."""
-    phases = [train.configure(train.TrainSettings, [str(ROOT / 'config/tinystories_v1.py'), '--tokenizer=gpt2', *flags])
+    phases = [configure(train.TrainSettings, [str(ROOT / 'config/tinystories_v1.py'), '--tokenizer=gpt2', *flags])
               for flags in (['--lambda_ee=0'], [], ['--ee_positions=sampled'])]
     with torch.device('meta'):
         model = train.BitSkip(train.BitSkipConfig.of(vars(phases[0])))

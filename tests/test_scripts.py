@@ -117,7 +117,8 @@ def test_sample_with_drafts_writes_the_same_text(capsys, packed):
     (['--out_dir=out/nothing'], 'there is no checkpoint out/nothing/ckpt.pt'),
     (['--prompt_file=nothing.txt'], 'there is no prompt file nothing.txt'),
     (['--prompt=a', '--prompt_file=b'], 'choose one'),
-    (['--temperature=-1'], 'temperature is at least 0'),
+    (['--temperature=-1'], 'temperature is 0, for the likeliest token, or at least 0.001, got -1'),
+    (['--top_k=0'], 'top_k is at least 1'),
     (['--device=tpu'], "device 'tpu' is not available"),
 ])
 def test_sample_mistakes_are_one_sentence(flags, message):
@@ -146,7 +147,50 @@ def test_packed_file_is_small_and_speaks(capsys):
              for flag in ('--packed=True', '--packed=False')]
     assert texts[0].split('\ndef ')[1].split('tokens')[0] == texts[1].split('\ndef ')[1].split('tokens')[0]
     eval_exits.main(['--checkpoint=packed.pt', '--json=packed.json'])
-    assert 'latent' not in json.loads(Path('packed.json').read_text())['weights']
+    packed = json.loads(Path('packed.json').read_text())
+    assert 'latent' not in packed['weights']
+    model, _ = checkpoint.load_checkpoint('out/run/ckpt.pt')  # counted as parameters, though they are packed
+    assert dict(packed['stats']['parameters']) == dict(eval_exits.parameter_breakdown(model))
+
+
+# ---- models that cannot be packed, or cannot decode
+
+@pytest.fixture(scope='module')
+def odd(tmp_path_factory):
+    """The folder in which models of every such kind were trained."""
+    folder = tmp_path_factory.mktemp('odd')
+    with text_folder(folder, 20000):
+        for name, change in {'fp': {'linear': 'fp'}, 'after': {'linear': 'hadamard_after'}, 'sees': {'causal': False}
+                             }.items():
+            settings = SETTINGS | {'max_iters': 1, 'out_dir': f'out/{name}'} | change
+            train.main([f'--{key}={value}' for key, value in settings.items()])
+    return folder
+
+
+@pytest.mark.parametrize('name, kind', [('fp', 'full precision'), ('after', 'ternary weights')])
+def test_unpackable_models_decode_as_trained(odd, monkeypatch, capsys, name, kind):
+    """Traceback after all measurements, for want of weights to pack."""
+    monkeypatch.chdir(odd)
+    monkeypatch.setattr(tradeoff, 'measure_speculation', partial(
+        eval_exits.measure_speculation, lengths=(1,), n_tokens=3))
+    flag, linear = f'--out_dir=out/{name}', {'fp': 'fp', 'after': 'hadamard_after'}[name]
+    assert f"decoding: as trained, since linear='{linear}' cannot be packed\n" in text_of(capsys, flag, '--prompt=x')
+    tradeoff.main([flag, '--max_tokens=64', '--json=tradeoff.json'])
+    eval_exits.main([flag, '--json=odd.json'])
+    assert f'val split, {kind};' in capsys.readouterr().out
+    assert set(json.loads(Path('odd.json').read_text())['weights']) == {
+        'fp': {'full precision'}, 'after': {'ternary', 'latent'}}[name]
+    with pytest.raises(UserError, match=f'out/{name}/ckpt.pt: .*{linear}.* pack'):
+        pack.main([flag])
+    assert not Path(f'out/{name}/packed.pt').exists()
+
+
+@pytest.mark.parametrize('script', [sample, eval_exits, tradeoff], ids=lambda script: script.__name__)
+def test_a_model_that_sees_the_future_cannot_decode(odd, monkeypatch, script):
+    monkeypatch.chdir(odd)
+    for flags in [[], ['--packed=False']] if script is sample else [[]]:
+        with pytest.raises(UserError, match=r'\(causal=False\).* cannot decode'):
+            script.main(['--out_dir=out/sees', *flags])
 
 
 # ---- eval_exits.py
@@ -260,6 +304,22 @@ def test_eval_finds_the_newest_run_and_needs_a_split_that_exists():
     done = call('eval_exits.py', '--split=test')
     assert done.returncode == 2 and 'run: out/run' in done.stdout
     assert done.stderr.startswith('error: ') and 'no test split' in done.stderr
+
+
+@pytest.mark.parametrize('n_tokens', [3, 7, 8, 9, 33])
+def test_speculation_is_measured_on_the_shortest_text(n_tokens):
+    """A quarter of block_size = 8 was the prompt at any length."""
+    from prepare import load_tokens
+    model, _ = checkpoint.load_checkpoint('out/run/ckpt.pt')
+    tokens = load_tokens('data/text-bytes', 'val')[:n_tokens]
+    assert len(eval_exits.measure_speculation(model, tokens, lengths=(1,), n_tokens=3, rounds=1)) == 3
+
+
+@pytest.mark.parametrize('flag, message', [('--temperature=-1', 'temperature is 0'), ('--json=a.png', '.json'),
+                                           ('--batch_size=0', 'batch_size is at least 1')])
+def test_eval_settings_are_checked_before_anything_is_measured(flag, message):
+    with pytest.raises(UserError, match=message):
+        eval_exits.configure(eval_exits.EvalSettings, [flag])
 
 
 # ---- tradeoff.py, plots.py

@@ -103,7 +103,7 @@ def test_weight_decay_is_on_matrices_only():
 def test_a_run_learns_and_leaves_what_it_promises(text, capsys):
     train.main(flags(max_iters=60, eval_interval=30))
     out = capsys.readouterr().out
-    assert 'python sample.py --exit_layer 1' in out and 'python eval_exits.py' in out
+    assert 'python sample.py --exit_layer 1' in out and 'python eval_exits.py\n' in out and 'ternary weights' in out
     first, *entries = log()
     assert first['settings']['lambda_ee'] == 0.3
     steps = [entry for entry in entries if 'ce' in entry]
@@ -231,9 +231,22 @@ def test_divergence_stops_with_step_checkpoint_and_advice(text):
     with pytest.raises(UserError, match=r'step \d+: the loss is .*lower --learning_rate'):
         train.main(flags(learning_rate=1e38, warmup_iters=0))
     train.main(flags(out_dir='out/good', max_iters=4))
-    with pytest.raises(UserError, match='out/good/last.pt, is unharmed'):
-        train.main(['--out_dir=out/good', '--init_from=resume', '--max_iters=9', '--learning_rate=1e38'])
-    assert checkpoint.load('out/good/last.pt')['progress']['iter'] == 4
+    for interval, found in ((9, 'step 5: the loss is'), (1, 'step 5: the validation loss is')):  # who finds it first
+        with pytest.raises(UserError, match=f'{found} .*out/good/last.pt, is unharmed'):
+            train.main(['--out_dir=out/good', '--init_from=resume', '--max_iters=9', '--learning_rate=1e38',
+                        f'--eval_interval={interval}'])
+        assert checkpoint.load('out/good/last.pt')['progress']['iter'] == 4
+    with pytest.raises(UserError, match='step 1: the validation loss is .*nothing was saved yet'):
+        train.main(flags(out_dir='out/bad', learning_rate=1e38, warmup_iters=0, max_iters=1))
+    assert os.listdir('out/bad') == ['log.jsonl'] and len(log('out/bad')) == 2  # no NaN, which is not JSON
+
+
+def test_the_end_names_the_weights_and_the_folder(text, capsys):
+    """Full precision was called ternary, and the next commands were those for the newest run in out/."""
+    train.main(flags(max_iters=1, linear='fp', out_dir='elsewhere/run'))
+    out = capsys.readouterr().out
+    assert '(bytes, full precision)' in out and 'ternary' not in out
+    assert 'sample.py --out_dir=elsewhere/run --exit_layer 1' in out and 'eval_exits.py --out_dir=elsewhere/run' in out
 
 
 def test_an_earlier_run_is_moved_aside_not_overwritten(text):
@@ -251,7 +264,11 @@ def test_an_earlier_run_is_moved_aside_not_overwritten(text):
     ({'block_size': 100000}, 'too few for one window'),
     ({'n_head': 5}, 'n_embd=32 must be n_head=5 times'),
     ({'p_max': 1.5}, 'p_max is a probability'),
-    ({'batch_size': 0}, 'batch_size is at least 1'),
+    ({'batch_size': 0}, 'batch_size is 1 to 1048576'),
+    ({'batch_size': 2 ** 62}, 'batch_size is 1 to 1048576'),
+    ({'decay_frac': 2}, 'decay_frac is a share'),
+    ({'target_exit': 3}, 'target_exit=3 is outside the model: its 3 layers are 0 to 2'),
+    ({'freeze': True}, 'trains exits on a finished model'),
     ({'device': 'cuda:77'}, "device 'cuda:77' is not available"),
 ])
 def test_mistakes_are_told_in_one_sentence(text, changes, message):
@@ -339,18 +356,51 @@ def test_frozen_model_keeps_its_last_layer(text, capsys):
 @pytest.mark.parametrize('changes, message', [
     (dict(init_from='out/nothing'), 'no checkpoint out/nothing/ckpt.pt'),
     (dict(init_from='out/run', n_embd=64), 'does not fit these settings'),
-    (dict(freeze=True, gate_dim=0), 'this model has none')])
+    (dict(init_from='out/run', freeze=True, gate_dim=0), 'this run has neither pair'),
+    (dict(init_from='out/run', freeze=True, lambda_r=0), 'this run has neither pair')])
 def test_init_from_a_model_that_does_not_fit(text, changes, message):
     train.main(flags(max_iters=1))
     with pytest.raises(UserError, match=message):
         train.main(flags(**{'out_dir': 'out/new'} | changes))
 
 
+def test_gates_of_a_frozen_model_are_the_newest_and_go_on_learning(text):
+    """No exit's loss shows what gates learn: patience kept those of the first evaluation. A run that starts from them
+    takes them over, unless they shall learn something else."""
+    train.main(flags(max_iters=1))
+    gates = flags(out_dir='out/gates', init_from='out/run', freeze=True, gate_loss='overlap', lambda_ee=0.0, patience=1)
+    train.main(gates)
+    before = checkpoint.load('out/gates/ckpt.pt')
+    assert before['progress']['iter'] == 12
+    for gate_loss in ('overlap', 'agreement'):
+        train.main([*gates, '--out_dir=out/next', '--init_from=out/gates', f'--gate_loss={gate_loss}',
+                    '--learning_rate=0', '--max_iters=1'])
+        after = checkpoint.load('out/next/ckpt.pt')['model']
+        same = [torch.equal(weight, after[name]) for name, weight in before['model'].items() if 'gates' in name]
+        assert same == [gate_loss == 'overlap'] * 4
+
+
+def test_adapters_of_a_frozen_model_wait_at_the_foot_of_a_ramp(text):
+    """lambda_ee is 0 in the first step: backward() of a loss without gradient was a RuntimeError."""
+    train.main(flags(max_iters=1))
+    train.main(flags(out_dir='out/exits', init_from='out/run', freeze=True, ee_adapter=4, lambda_r=0.0, ee_ramp='up'))
+    steps = [entry for entry in log('out/exits') if 'ce' in entry]
+    assert [entry['grad_norm'] > 0 for entry in steps] == [entry['ee'] > 0 for entry in steps] == [False] + [True] * 11
+
+
+def test_flags_are_checked_with_the_settings_of_the_run_that_they_build_on(text):
+    """ee_share=0.5 was refused for the default ee_positions='all', which the run does not have."""
+    train.main(flags(max_iters=1, ee_positions='sampled'))
+    for init_from in ('resume', 'out/run'):
+        s, _ = train.read_settings(['--out_dir=out/run', f'--init_from={init_from}', '--ee_share=0.5'])
+        assert (s.init_from, s.ee_positions, s.ee_share) == (init_from, 'sampled', 0.5)
+
+
 def test_train_latent_ternarizes_afterwards(text):
     """The training loss is that of the latent weights; validation is on ternary ones, as always."""
     settings = dict(max_iters=1, gradient_accumulation_steps=1, p_max=0.0)
     train.main(flags(train_latent=True, **settings))
-    training = train.Run(train.configure(TrainSettings, flags(**settings)))
+    training = train.Run(train.read_settings(flags(**settings))[0])
     train.seed_microbatch(7, 0, 0)
     idx, targets = train.get_batch(training.train_tokens, 2, 32, 'cpu')
     with latent_weights(training.model):
