@@ -54,7 +54,8 @@ def experiments(plt, scale):
     for label, several in variants.items():
         variant, phase = label.split(', phase ')
         band(spread_b, range(len(several[0]['activation_std'])), [r['activation_std'] for r in several],
-             COLORS[('V1', 'V2', 'V3', 'Llama3').index(variant)], label, linestyle={'1': '--', '2': '-'}[phase])
+             COLORS[('V1', 'V2', 'V3', 'Llama3').index(variant)], variant if phase == '2' else None,
+             linestyle={'1': '--', '2': '-'}[phase])
     spread_b.plot(23, papers.B_SPREAD['V1'], 'o', color=COLORS[0], label='V1, as Paper B has it')
     spread_b.axhspan(*papers.B_SPREAD['V3'], color=COLORS[2], alpha=0.15, label='V3, as Paper B has it')
     for threshold in (-0.5, 0.5):
@@ -63,8 +64,10 @@ def experiments(plt, scale):
     exits.set(title='PPL at each exit', xlabel='exit layer', ylabel='times that of full depth', yscale='log')
     theirs.set(title='H+EE: what makes the cliff', xlabel='exit layer', ylabel='times that of full depth', yscale='log')
     spread.set(title='Spread of the activations', xlabel='layer', ylabel='standard deviation of h')
-    spread_b.set(title="Paper B's variants", xlabel='layer', ylabel='standard deviation of h', yscale='log')
-    weights.set(title='Latent weights, thresholds of A1', xlabel='w / α', ylabel='share of the weights')
+    spread_b.set(title="Paper B's variants; dashed: phase 1", xlabel='layer', ylabel='standard deviation of h',
+                 yscale='log', ylim=(0.1, None))
+    weights.set(title='Latent weights, thresholds of A1', xlabel='w / α', ylabel='share of the weights',
+                ylim=(0, 0.09))
     theirs.set_visible(bool(cliff))
     spread_b.set_visible(bool(variants))
     decorate(losses, exits, theirs, weights, spread, spread_b)
@@ -97,7 +100,8 @@ def tradeoff(plt, scale):
     ways.axvline(0.7, color='grey', linestyle=':')
     exits.set(title='Fixed exits', yscale='log', ylabel='PPL, times that of full depth',
               xlabel='blocks run, share of all')
-    ways.set(title='B: ways to leave early', ylim=(0.99, 1.5), xlabel='blocks that a token waits for, share of all')
+    ways.set(title='Joint training: ways to leave early', ylim=(0.99, 1.5),
+             xlabel='blocks that a token waits for, share of all')
     decorate(exits, ways)
     return figure
 
