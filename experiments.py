@@ -137,6 +137,7 @@ TABLES = {
         'head detached': 'config/compose.py --ee_detach_head=True',
         'half distilled': 'config/compose.py --ee_distill=0.5',
         'no norm at the exits': 'config/compose.py --exit_norm=none',
+        'no final norm at all': 'config/compose.py --final_norm=False',
         'adapters': 'config/compose.py --ee_adapter=16',
         '30% of the tokens leave': 'config/compose.py --ee_leave=0.3',
         'gentle skipping, of the last block too': 'config/compose.py --p_max=0.2 --skip_last=True'},

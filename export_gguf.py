@@ -53,7 +53,8 @@ BLOCK = 256  # codes that share a scale
 NUMBERS = {'F32': 0, 'F16': 1, 'Q8_0': 8, 'TQ1_0': 34, 'TQ2_0': 35}  # GGUF's names for the types of tensors
 FILE_TYPES = {'F16': 1, 'TQ1_0': 36, 'TQ2_0': 37}  # and of files
 ARCEE = {'norm': ['rmsnorm'], 'sub_norm': [False], 'ffn': ['relu2'], 'linear': ['bitlinear', 'fp'],
-         'linear_norm': ['none'], 'act_bits': [8], 'ee_adapter': [0], 'causal': [True]}  # all that arcee can express
+         'linear_norm': ['none'], 'final_norm': [True], 'act_bits': [8], 'ee_adapter': [0],
+         'causal': [True]}  # all that arcee can express
 
 
 @dataclass

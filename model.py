@@ -57,6 +57,7 @@ class BitSkipConfig:
     ee_leave: float = 0.0  # share of tokens that leave at a random layer in training, too, as some do in decoding
     ee_adapter: int = 0  # rank of each exit's own map in front of the head; 0: none
     exit_norm: Literal['final', 'none'] = 'final'  # exits read norm(h_l) with the final norm, or raw h_l
+    final_norm: bool = True  # False: the head reads raw h_l at full depth, too
     p_max: float = 0.0  # layer skipping: the largest probability (A5); 0.7 in Paper A, 0.5 in Paper B
     skip_schedule: Literal['quadratic', 'linear', 'exp', 'uniform'] = 'quadratic'  # growth over depth (A5)
     skip_normalize: bool = False  # scale the probabilities to sum 1 (Paper B, section 3.3)
@@ -230,7 +231,7 @@ class BitSkip(nn.Module):
         self.embedding = nn.Embedding(config.vocab_size, config.n_embd)
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.norm = make_norm(config, config.n_embd)
+        self.norm = make_norm(config, config.n_embd) if config.final_norm else nn.Identity()
         self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         # every layer but the last may be left, so every layer but the last has a gate
         n_gates = config.n_layer - 1 if config.gate_dim else 0

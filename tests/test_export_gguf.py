@@ -213,6 +213,7 @@ def test_gpt2_vocabulary():
     ([], dict(norm='layernorm', sub_norm=True), r"with norm='layernorm', sub_norm=True: .* config/arcee.py"),
     ([], dict(ffn='swiglu'), r"with ffn='swiglu': .* config/arcee.py"),
     ([], dict(linear_norm='rmsnorm'), r"with linear_norm='rmsnorm': .* config/arcee.py"),
+    ([], dict(final_norm=False), r'with final_norm=False: .* config/arcee.py'),
     ([], dict(act_bits=4), r'with act_bits=4: .* config/arcee.py'),
     (['--exit_layer=1'], dict(exit_norm='none'), r"\(exit_norm='none'\).* config/arcee.py"),
     (['--type=TQ1_0'], dict(linear='fp'), r"\(linear='fp'\) .* TQ1_0; .*--type=F16.* config/arcee.py"),

@@ -345,6 +345,12 @@ def test_a4_exit_at_k_is_the_model_cut_after_block_k(make_model, tokens, kind, e
     assert torch.equal(logits, cut(idx)[0])
 
 
+def test_without_final_norm_the_head_reads_the_states(make_model, tokens):
+    model, idx = make_model(linear='hbitlinear', final_norm=False), tokens()
+    assert torch.equal(all_exits(model, idx), torch.stack([model.head(h) for h in model.hidden_states(idx)]))
+    assert len(model.state_dict()) == len(make_model(linear='hbitlinear').state_dict()) - 1
+
+
 def test_exit_at_the_last_layer_is_full_depth(make_model, tokens):
     model, idx = make_model(), tokens()
     assert torch.equal(model(idx, exit_layer=2)[0], model(idx)[0])

@@ -23,6 +23,7 @@ KINDS = {
     'layernorm inside': dict(linear_norm='layernorm'),
     'rmsnorm inside': dict(linear='hbitlinear', linear_norm='rmsnorm'),
     'raw exits': dict(exit_norm='none'),
+    'no final norm': dict(linear='hbitlinear', final_norm=False),
     'no gates': dict(gate_dim=0),
     'adapters': dict(linear='hbitlinear', ee_adapter=5),
     'adapters, raw exits': dict(ee_adapter=130, exit_norm='none'),
