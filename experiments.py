@@ -47,9 +47,10 @@ TABLES = {
     # -- what may be behind the papers' figures
 
     'price': Table('ternary against full precision, without the routing loss', {
-        'full precision': 'config/baseline.py --linear=fp --lambda_r=0',
-        'BitLinear': 'config/baseline.py --lambda_r=0',
-        'H-BitLinear': 'config/bitskip_h.py --lambda_r=0'}),
+        f'{name}{ending}': f'{arguments} --lambda_r=0{flag}'
+        for ending, flag in (('', ''), (', no final norm', ' --final_norm=False'))
+        for name, arguments in (('full precision', 'config/baseline.py --linear=fp'),
+                                ('BitLinear', 'config/baseline.py'), ('H-BitLinear', 'config/bitskip_h.py'))}),
     'cliff': Table('what makes the cliff of Table A5', {
         'shifted labels, final norm': 'config/bitskip_h_ee.py',
         'shifted labels, no norm': 'config/bitskip_h_ee.py --exit_norm=none',
@@ -88,7 +89,9 @@ TABLES = {
     'compose': Table('Hadamard and exits, composed', {
         'H-only': 'config/bitskip_h.py',
         'H-only, no routing loss': 'config/bitskip_h.py --lambda_r=0',
+        'H-only, no routing loss, no final norm': 'config/bitskip_h.py --lambda_r=0 --final_norm=False',
         'joint training': 'config/compose.py',
+        'joint training, no final norm': 'config/compose.py --final_norm=False',
         'exits on a finished model': 'config/compose_frozen.py',
         "Paper A's recipe": 'config/bitskip_h_ee.py'},
         seeds=5, steps=FULL, on={'exits on a finished model': 'H-only, no routing loss'}),
@@ -137,7 +140,6 @@ TABLES = {
         'head detached': 'config/compose.py --ee_detach_head=True',
         'half distilled': 'config/compose.py --ee_distill=0.5',
         'no norm at the exits': 'config/compose.py --exit_norm=none',
-        'no final norm at all': 'config/compose.py --final_norm=False',
         'adapters': 'config/compose.py --ee_adapter=16',
         '30% of the tokens leave': 'config/compose.py --ee_leave=0.3',
         'gentle skipping, of the last block too': 'config/compose.py --p_max=0.2 --skip_last=True'},

@@ -22,6 +22,7 @@ import json
 import os
 
 import numpy as np
+from filelock import FileLock  # which torch requires
 from tqdm import tqdm
 
 import configurator
@@ -59,14 +60,29 @@ def prepare(dataset, tokenizer='', source='', data_dir='data'):
         print(f'{folder} is up to date: {summary(meta)}')
         return folder
     tok = get_tokenizer(tokenizer)
-    print(f'preparing {folder} from {corpus.source}', flush=True)
-    splits = write_splits(folder, dataset, corpus, tok)
-    meta = {'dataset': dataset, 'source': corpus.source, 'fingerprint': corpus.fingerprint, 'tokenizer': tok.name,
-            'vocab_size': tok.vocab_size, 'dtype': 'uint16', 'splits': splits}
-    with atomic_write(f'{folder}/meta.json', 'w') as file:
-        json.dump(meta, file, indent=1)
+    with alone(folder):
+        if up_to_date(folder, corpus):  # by now
+            return folder
+        print(f'preparing {folder} from {corpus.source}', flush=True)
+        splits = write_splits(folder, dataset, corpus, tok)
+        meta = {'dataset': dataset, 'source': corpus.source, 'fingerprint': corpus.fingerprint, 'tokenizer': tok.name,
+                'vocab_size': tok.vocab_size, 'dtype': 'uint16', 'splits': splits}
+        with atomic_write(f'{folder}/meta.json', 'w') as file:
+            json.dump(meta, file, indent=1)
     print(f'prepared {folder}: {summary(meta)}')
     return folder
+
+
+@contextlib.contextmanager
+def alone(folder):
+    """Of several processes that want to prepare `folder` one goes on in here, and the others wait."""
+    path = f'{folder}.lock'
+    os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
+    with FileLock(path):
+        try:
+            yield
+        finally:  # leave no trace; who waits for a lock that is gone makes a new one
+            os.unlink(path)
 
 
 def default_tokenizer(dataset):

@@ -128,7 +128,7 @@ def compose(scale):
         at = [mean(several, lambda r, layer=layer: relative_exits(r)[layer]) for layer in (last_but_one, half)]
         extra = parameters(TABLES['compose'].cells[label]) / parameters(TABLES['compose'].cells['H-only']) - 1
         rows.append([label, len(several), mean(several, final), number(relative(several, best)), *at,
-                     f'{100 * extra:.2g}%'])
+                     f'{round(100 * extra, 2) + 0:g}%'])
     return ['model', 'seeds', 'PPL', '× best H-only', f'exit {last_but_one} × own full depth', f'exit {half} ×',
             'extra parameters, 86M'], rows
 

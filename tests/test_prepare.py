@@ -3,8 +3,11 @@ import json
 import os
 import subprocess
 import sys
+import threading
+import time
 import tracemalloc
 import types
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pyarrow
@@ -400,12 +403,32 @@ def test_failed_run_leaves_nothing(data, monkeypatch, error):
     def documents():
         yield 'train', 'some text' * 100_000, True
         yield 'val', 'some text' * 100_000, True
-        assert files_below(data) == ['train.bin.tmp', 'val.bin.tmp']
+        assert files_below(data) == ['stream-bytes.lock', 'train.bin.tmp', 'val.bin.tmp']
         raise error
     monkeypatch.setattr(prepare, 'open_corpus', lambda dataset, source: corpus(documents))
     with pytest.raises(error):
         prepare.prepare('stream', 'bytes', data_dir=data)
     assert os.listdir(data) == []
+
+
+def test_two_at_once(data, monkeypatch):
+    """The second waits for the first, instead of writing into its files, and then finds all done."""
+    started, told = threading.Event(), []
+
+    def documents():
+        told.append('prepared')
+        started.set()
+        time.sleep(0.5)
+        yield 'train', 'some text', True
+        yield 'val', 'some text', True
+    monkeypatch.setattr(prepare, 'open_corpus', lambda dataset, source: corpus(documents))
+    with ThreadPoolExecutor() as pool:
+        first = pool.submit(prepare.prepare, 'stream', 'bytes', data_dir=data)
+        started.wait()
+        second = pool.submit(prepare.prepare, 'stream', 'bytes', data_dir=data)
+        assert first.result() == second.result()
+    assert told == ['prepared']
+    assert files_below(data) == ['meta.json', 'train.bin', 'val.bin']
 
 
 def test_failed_run_keeps_the_earlier_data(poem, data):
