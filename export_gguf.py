@@ -35,7 +35,7 @@ bit 8, and its low 8 bits are the next fraction. So unpacking needs products and
 
 What differs from model.py: alpha is rounded to float16, head and embedding to Q8_0 (beside ternary weights) or float16.
 llama.cpp quantizes activations to 8 bits as A2 does, but with one scale per 256 values instead of one per token, and
-for F16 weights not at all. The README tells what that comes to.
+for F16 weights not at all. PRACTICE.md tells what that comes to.
 """
 import os
 import struct

@@ -2,7 +2,7 @@
 The papers' tables, made from what ablate.py measured (results/SCALE/*.json), as Markdown. Their figures: plots.py.
 
     python tables.py                        print all that can be made from the results there are
-    python tables.py --readme=True          write them into README.md and RESULTS.md, between their marks,
+    python tables.py --readme=True          write them into the pages, between their marks,
                                             <!-- table: NAME --> and <!-- end -->
 
 PPL is per byte on pydocs at the CPU scale, per GPT-2 token in the papers: compare columns of ratios, not of PPL. Where
@@ -28,7 +28,7 @@ from measured import final, mean, number, ppl, rate_of, relative, relative_exits
 from model import BitSkip, BitSkipConfig
 from tradeoff import at_compute
 
-PAGES = Path('README.md'), Path('RESULTS.md')
+PAGES = Path('README.md'), Path('RESULTS.md'), Path('PRACTICE.md')
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -229,7 +229,7 @@ def update(text, scale='cpu'):
 class TablesSettings:
     """Makes the papers' tables from what ablate.py measured."""
     scale: Literal['cpu', 'paper'] = 'cpu'  # whose results
-    readme: bool = False  # write the tables into README.md and RESULTS.md, too
+    readme: bool = False  # write the tables into README.md, RESULTS.md and PRACTICE.md, too
 
 
 def main(argv):

@@ -1,5 +1,5 @@
 # Paper B, BitSkip-V2: 4-bit activations behind a Hadamard transform, exits trained, gentler optimization.
-#   python train.py config/tinystories_v2.py                     1.06B parameters: several GPUs; README, "Many GPUs"
+#   python train.py config/tinystories_v2.py                     1.06B parameters: several GPUs; see PRACTICE.md
 #   python train.py config/tinystories_v2.py config/phase1.py    without early exit
 # Paper B: PPL 210.24 (phase 2), 26,048.98 (phase 1).
 from config.paper_b_model import *

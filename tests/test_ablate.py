@@ -191,7 +191,7 @@ def test_diverged_runs_are_results(table, monkeypatch):
 
 @pytest.mark.parametrize('page', tables.PAGES, ids=str)
 def test_readme_tables_are_the_results(monkeypatch, page):
-    """Every number in the tables of README.md and RESULTS.md is the one in results/."""
+    """Every number in the tables of the pages is the one in results/."""
     monkeypatch.chdir(ROOT)
     written = page.read_text()
     assert '<!-- table: ' in written

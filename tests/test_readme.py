@@ -1,4 +1,4 @@
-"""The README keeps its promises: every place it points to exists, every command it shows is understood."""
+"""The pages keep their promises: what they point to exists, what they say to type is understood."""
 import ast
 import re
 import shlex
@@ -27,7 +27,8 @@ import train
 from configurator import configure
 
 ROOT = Path(__file__).resolve().parent.parent
-README = (ROOT / 'README.md').read_text()
+PAGES = {path.name: path.read_text() for path in sorted(ROOT.glob('*.md'))}
+README, TEXT = PAGES['README.md'], '\n'.join(PAGES.values())
 SETTINGS = {'train.py': train.TrainSettings, 'sample.py': sample.SampleSettings, 'prepare.py': prepare.Settings,
             'eval_exits.py': eval_exits.EvalSettings, 'pack.py': pack.PackSettings, 'bench.py': bench.BenchSettings,
             'export_gguf.py': export_gguf.ExportSettings, 'export_hf.py': export_hf.ExportSettings,
@@ -36,8 +37,8 @@ SETTINGS = {'train.py': train.TrainSettings, 'sample.py': sample.SampleSettings,
             'tests/campaign_kill.py': campaign_kill.KillSettings, 'tests/campaign_fuzz.py': campaign_fuzz.FuzzSettings,
             'tests/compare_llama_cpp.py': compare_llama_cpp.CompareSettings}
 WALKTHROUGH = [line for line in README.splitlines() if re.match(r'\| [^|]*\b[AB]\d\b', line)]
-PLAN = README[README.index('### A plan for'):]
-COMMANDS = [command for block in re.findall(r'```sh\n(.*?)```', README, re.S) for command in block.splitlines()]
+PLAN = PAGES['PRACTICE.md'][PAGES['PRACTICE.md'].index('### A plan for'):]
+COMMANDS = [command for block in re.findall(r'```sh\n(.*?)```', TEXT, re.S) for command in block.splitlines()]
 
 
 def names_in(path):
@@ -68,23 +69,40 @@ def test_walkthrough_row_resolves(line):
 
 
 def test_every_pointer_resolves():
-    found = list(pointers(README))
+    found = list(pointers(TEXT))
     assert len(found) > 40
     for path, name in found:
         assert name in names_in(path), (path, name)
 
 
 def test_every_file_exists():
-    named = {name.rstrip('/') for name in re.findall(r'`((?:config/|tests/|results/)?[\w.]+(?:\.py|\.txt|/))`', README)}
+    named = {name.rstrip('/') for name in re.findall(r'`((?:config/|tests/|results/)?[\w.]+(?:\.py|\.txt|/))`', TEXT)}
     assert len(named) > 15
     for name in named:
         assert (ROOT / name).exists() or (ROOT / 'tests' / name).exists(), name
+
+
+def anchors(page):
+    """What GitHub calls the headings of a page."""
+    headings = re.findall(r'^#+ (.*)$', re.sub(r'```.*?```', '', page, flags=re.S), re.M)
+    return {re.sub(r'[^\w\- ]', '', heading.lower()).replace(' ', '-') for heading in headings}
+
+
+@pytest.mark.parametrize('page', PAGES)
+def test_every_link_resolves(page):
+    for target in re.findall(r'\]\((?!https?://)([^)\s]+)\)', PAGES[page]):
+        path, _, anchor = target.partition('#')
+        assert not path or (ROOT / path).exists(), target
+        assert not anchor or anchor in anchors(PAGES[path or page]), target
 
 
 @pytest.mark.parametrize('command', COMMANDS)
 def test_every_command_is_understood(command):
     words = shlex.split(command.split('|')[-1].split('&&')[-1])
     if 'pytest' in words:
+        return
+    if '-m' in words:
+        assert (ROOT / words[-1].replace('.', '/')).with_suffix('.py').exists()
         return
     script = next(word for word in words if word.endswith('.py'))
     rest = words[words.index(script) + 1:]
@@ -97,7 +115,7 @@ def test_every_command_is_understood(command):
 
 def test_every_flag_in_the_text_exists():
     known = {field.name for settings in SETTINGS.values() for field in fields(settings)}
-    for flag in re.findall(r'`--(\w+)', README):
+    for flag in re.findall(r'`--(\w+)', TEXT):
         assert flag in known | {'help'}, flag
 
 
