@@ -18,20 +18,18 @@ it. (Tables that have one rate only do without.)
 import json
 import math
 import time
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
-from filelock import FileLock, Timeout  # which torch requires
 
 import checkpoint
 import train
 from configurator import UserError, configure, run
 from eval_exits import activation_and_gate_statistics, bits_per_byte, evaluate, weight_statistics
 from experiments import SEEDS, SHORT, TABLES
-from prepare import load_tokens, prepare
+from prepare import data_of
 from quant import bit_linears, latent_weights
 from runtime import commit, keep_freed_memory, machine, pick_device
 
@@ -74,10 +72,6 @@ class Run:
     def out_dir(self):
         return Path('out', 'ablate', self.scale, self.name)
 
-    @property
-    def lock(self):
-        return Path(f'{self.out_dir}.lock')
-
     def result(self):
         """What the run measured, or None if it has not been done."""
         return json.loads(self.path.read_text()) if self.path.exists() else None
@@ -109,23 +103,6 @@ def compared_runs(table, label, scale, n_seeds):
     return [Run(table.cells[label], rate, seed, table.steps, scale) for seed in seeds]
 
 
-@contextmanager
-def claim(run):
-    """With this: True if the run is this process's to do meanwhile, False if another process is at it. The system lets
-    go of what a dead process has claimed."""
-    run.lock.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(run.lock)
-    try:
-        lock.acquire(blocking=False)
-    except Timeout:
-        yield False
-        return
-    try:
-        yield True
-    finally:
-        lock.release()
-
-
 def do(run, compile):
     """Train the run's model, or go on training it, and write what it measures. False if it was interrupted."""
     resume = ['--init_from=resume'] if (run.out_dir / 'last.pt').exists() else []
@@ -149,8 +126,7 @@ def measure(path):
     """Everything that a table or a plot may want of a trained model, over the whole validation split."""
     model, settings = checkpoint.load_checkpoint(path, pick_device('auto'))
     meta, progress = settings['meta'], settings['progress']
-    folder = prepare(*checkpoint.told(settings, *checkpoint.DATA))
-    tokens = load_tokens(folder, 'val')
+    _, tokens = data_of(settings)
     losses = evaluate(model, tokens, list(range(model.config.n_layer)))
     latent = None
     if bit_linears(model):
@@ -185,7 +161,7 @@ def train_all(tables, scale, seeds, compile):
         if not missing:
             return True
         for each in missing:
-            with claim(each) as mine:
+            with checkpoint.exclusive(f'{each.out_dir}.run', wait=False) as mine:
                 if mine and each.result() is None:
                     if not do(each, compile):
                         return False

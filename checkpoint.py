@@ -16,6 +16,7 @@ import os
 import zipfile
 
 import torch
+from filelock import FileLock, Timeout  # which torch requires
 
 from configurator import UserError
 from model import BitSkip, BitSkipConfig
@@ -47,6 +48,28 @@ def atomic_write(path, mode='wb'):
         if isinstance(error, OSError):
             error.filename = error.filename or path
         raise
+
+
+@contextlib.contextmanager
+def exclusive(path, wait=True):
+    """with exclusive(path) as mine: of several processes one at a time is in here, by the lock file `path`.lock.
+
+    The others wait, or with wait=False come in at once, with mine False. The system lets go of what a dead process
+    held."""
+    path = f'{path}.lock'
+    os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
+    lock = FileLock(path)
+    try:
+        lock.acquire(blocking=wait)
+    except Timeout:
+        yield False
+        return
+    try:
+        yield True
+    finally:  # leave no trace; who waits for a lock that is gone makes a new one
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
+        lock.release()
 
 
 def fsync_folder(folder):

@@ -33,7 +33,7 @@ from decode import require_temperature, stream
 from exits import expected_exit_layer
 from model import BitSkip
 from native import fast_decoder
-from prepare import load_meta, load_tokens, prepare
+from prepare import data_of
 from quant import bit_linears, latent_weights
 from runtime import keep_freed_memory, pick_device
 from speculate import speculate
@@ -309,8 +309,7 @@ def load_run(s):
     model, settings = checkpoint.load_checkpoint(os.path.join(out_dir, s.checkpoint), device)
     if not model.config.causal:
         raise UserError(f'{out_dir} sees the future (causal=False) and cannot decode; its log.jsonl has its losses')
-    folder = prepare(*checkpoint.told(settings, *checkpoint.DATA))
-    return out_dir, model, load_meta(folder), load_tokens(folder, s.split)
+    return out_dir, model, *data_of(settings, s.split)
 
 
 def main(argv):

@@ -28,7 +28,7 @@ import checkpoint
 from configurator import UserError, configure, run
 from eval_exits import bits_per_byte, evaluate, measure_speed, perplexity
 from packed import to_ternary
-from prepare import load_meta, load_tokens, prepare
+from prepare import data_of
 from runtime import keep_freed_memory
 from tokenizer import byte_spelling, get_tokenizer, last_merge
 
@@ -156,8 +156,7 @@ def hf_tokenizer(tokenizer, block_size):
 
 def measure_exits(model, settings):
     """Loss, PPL, bits per byte on the validation split and decoding speed at every exit: list of dicts."""
-    folder = prepare(*checkpoint.told(settings, *checkpoint.DATA))
-    tokens, meta = load_tokens(folder, 'val'), load_meta(folder)
+    meta, tokens = data_of(settings)
     layers = list(range(model.config.n_layer))
     print(f'measuring {len(layers)} exits on {len(tokens):,} tokens')
     losses, speeds = evaluate(model, tokens, layers), measure_speed(model, layers, tokens)

@@ -13,7 +13,7 @@ import checkpoint
 from configurator import UserError, configure, run
 from eval_exits import evaluate, perplexity
 from packed import packed_state, to_ternary
-from prepare import load_tokens, prepare
+from prepare import data_of
 from runtime import keep_freed_memory
 
 
@@ -35,8 +35,7 @@ def main(argv):
     except ValueError as error:
         raise UserError(f'{trained}: {error}') from None
     checkpoint.save(small, contents | {'model': packed_state(packed), 'packed': True})
-    settings = contents['settings']
-    tokens = load_tokens(prepare(*checkpoint.told(settings, *checkpoint.DATA)), 'val')
+    _, tokens = data_of(contents['settings'] | {'meta': contents['meta']})
     for path, m in ((trained, model), (small, checkpoint.load_checkpoint(small)[0])):
         ppl = perplexity(evaluate(m, tokens)[-1])
         print(f'{path}: {os.path.getsize(path) / 1e6:.2f} MB, validation PPL {ppl:.4f}')

@@ -22,11 +22,10 @@ import json
 import os
 
 import numpy as np
-from filelock import FileLock  # which torch requires
 from tqdm import tqdm
 
 import configurator
-from checkpoint import atomic_write
+from checkpoint import DATA, atomic_write, exclusive, told
 from configurator import UserError
 from corpora import open_corpus
 from tokenizer import get_tokenizer, vocabulary
@@ -60,8 +59,8 @@ def prepare(dataset, tokenizer='', source='', data_dir='data'):
         print(f'{folder} is up to date: {summary(meta)}')
         return folder
     tok = get_tokenizer(tokenizer)
-    with alone(folder):
-        if up_to_date(folder, corpus):  # by now
+    with exclusive(folder):
+        if up_to_date(folder, corpus):  # another process has prepared it meanwhile
             return folder
         print(f'preparing {folder} from {corpus.source}', flush=True)
         splits = write_splits(folder, dataset, corpus, tok)
@@ -71,18 +70,6 @@ def prepare(dataset, tokenizer='', source='', data_dir='data'):
             json.dump(meta, file, indent=1)
     print(f'prepared {folder}: {summary(meta)}')
     return folder
-
-
-@contextlib.contextmanager
-def alone(folder):
-    """Of several processes that want to prepare `folder` one goes on in here, and the others wait."""
-    path = f'{folder}.lock'
-    os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
-    with FileLock(path):
-        try:
-            yield
-        finally:  # leave no trace; who waits for a lock that is gone makes a new one
-            os.unlink(path)
 
 
 def default_tokenizer(dataset):
@@ -152,6 +139,18 @@ def load_meta(folder):
     if not whole:
         raise UserError(f'{path} is damaged: re-run python prepare.py for this data set')
     return meta
+
+
+def data_of(settings, split='val'):
+    """The data of a run, by its checkpoint's settings: meta.json's dict, and the tokens of a split. Says so where they
+    are not the text that the run was trained on, some of which may stand in the split now. UserError as `prepare`."""
+    folder = prepare(*told(settings, *DATA))
+    meta = load_meta(folder)
+    before = settings['meta']
+    if meta['splits'] != before.get('splits'):
+        print(f'note: {folder} is not the text that this model was trained on, of which its {split} split may hold a '
+              f'part; that was {before.get("source")}, this is {meta["source"]}')
+    return meta, load_tokens(folder, split)
 
 
 def load_tokens(folder, split):

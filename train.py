@@ -495,6 +495,16 @@ def read_settings(argv):
 def main(argv):
     """Train by this command line; True at the end, False if it was interrupted."""
     s, saved = read_settings(argv)
+    is_main = os.environ.get('RANK', '0') == '0'
+    with checkpoint.exclusive(s.out_dir, wait=False) if is_main else nullcontext(True) as mine:
+        if not mine:
+            raise UserError(f'{s.out_dir} is being trained by another process; wait until it ends, or name another '
+                            'folder: --out_dir=...')
+        return train(argv, s, saved)
+
+
+def train(argv, s, saved):
+    """The run that these settings describe, which starts from, or goes on with, a saved state or None. As `main`."""
     keep_freed_memory()
     if pick_device(s.device).type == 'cpu' and 'RANK' not in os.environ and (hours := estimate_hours(s)) > 2:
         print(f'on this CPU the whole run takes about {hours:,.0f} hours; config/cpu.py shrinks any recipe to '

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import checkpoint
 from configurator import UserError, configure, run
 from eval_exits import perplexity
-from prepare import load_tokens, prepare
+from prepare import data_of
 from tokenizer import get_tokenizer
 
 
@@ -107,7 +107,7 @@ def main(argv):
     except ValueError as error:
         raise UserError(str(error)) from None
     llm = Llama(os.path.join(out_dir, s.gguf), model.config.block_size)
-    tokens = load_tokens(prepare(*checkpoint.told(settings, *checkpoint.DATA)), 'val')
+    _, tokens = data_of(settings)
     compare(model, llm, tokens, layer, s.windows)
     encoder = get_tokenizer(*checkpoint.told(settings['meta'], 'tokenizer'))
     for text in ('Return the', 'def f(x):\n', 'The module', 'Raises ValueError', 'naïve 日本'):

@@ -1,10 +1,7 @@
 """The experiments: their plan is made of valid command lines, runs are done once, and tables say what was measured."""
 import json
-import os
 import re
 import statistics
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -161,23 +158,6 @@ def test_runs_are_done_once_resumed_and_shared(text, monkeypatch):  # noqa: F811
     before = run.path.stat().st_mtime_ns
     assert ablate.train_all([tiny], 'paper', 1, compile=False)
     assert run.path.stat().st_mtime_ns == before
-
-
-def test_a_run_is_claimed_by_one_living_process_at_a_time(table):
-    """Two processes took over the claim of a dead one at once, and trained into one folder."""
-    run = ablate.swept_runs(table, 'a', 'cpu')[0]
-    hold = 'import ablate, sys, time; claim = ablate.claim(ablate.Run(*eval(sys.argv[1]))); print(claim.__enter__(), '\
-           'flush=True); time.sleep(99)'
-    arguments = repr((run.arguments, run.rate, run.seed, run.steps, run.scale))
-    with subprocess.Popen([sys.executable, '-c', hold, arguments], stdout=subprocess.PIPE, text=True,
-                          env=os.environ | {'PYTHONPATH': str(ROOT)}) as other:
-        assert other.stdout.readline() == 'True\n'
-        with ablate.claim(run) as mine:
-            assert not mine
-        other.kill()
-    for _ in range(2):
-        with ablate.claim(run) as mine:
-            assert mine
 
 
 def test_diverged_runs_are_results(table, monkeypatch):

@@ -1,11 +1,14 @@
 """Runs on disk: files that are whole or not there, and what is said about files that are something else."""
 import os
 import pickle
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
-from checkpoint import atomic_write, build_model, find_run, load, load_checkpoint, save
+from checkpoint import atomic_write, build_model, exclusive, find_run, load, load_checkpoint, save
 from configurator import UserError
 
 
@@ -24,6 +27,26 @@ def path(tmp_path):
 def read(path):
     with open(path, 'rb') as file:
         return file.read()
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# exclusive
+
+def test_one_living_process_at_a_time(tmp_path):
+    """Two processes took over the claim of a dead one at once, and trained into one folder."""
+    path = str(tmp_path / 'out/run')
+    hold = ('import checkpoint, sys, time; lock = checkpoint.exclusive(sys.argv[1]); '
+            'print(lock.__enter__(), flush=True); time.sleep(99)')
+    with subprocess.Popen([sys.executable, '-c', hold, path], stdout=subprocess.PIPE, text=True,
+                          env=os.environ | {'PYTHONPATH': str(Path(__file__).parent.parent)}) as other:
+        assert other.stdout.readline() == 'True\n'
+        with exclusive(path, wait=False) as mine:
+            assert not mine
+        other.kill()
+    for _ in range(2):
+        with exclusive(path, wait=False) as mine:
+            assert mine
+    assert os.listdir(tmp_path / 'out') == []
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from conftest import text_folder
 import checkpoint
 import train
 from configurator import UserError
+from prepare import data_of
 from quant import latent_weights
 from train import TrainSettings, get_lr
 
@@ -256,6 +257,17 @@ def test_an_earlier_run_is_moved_aside_not_overwritten(text):
     assert seeds == {'run.1': 1, 'run.2': 2, 'run': 3}
 
 
+def test_a_folder_is_for_one_run_at_a_time(text):
+    """The second run moved the first one's folder aside, and both went on to write into the new one."""
+    with subprocess.Popen(command(max_iters=10 ** 6), env=ENV, stderr=subprocess.DEVNULL) as first:
+        wait_for_checkpoint()
+        with pytest.raises(UserError, match='out/run is being trained by another process'):
+            train.main(flags(seed=2))
+        first.kill()
+    train.main(flags(max_iters=4, seed=2))
+    assert sorted(os.listdir('out')) == ['run', 'run.1']
+
+
 # ---- a user's mistakes
 
 @pytest.mark.parametrize('changes, message', [
@@ -284,6 +296,17 @@ def test_resume_refuses_other_models_and_changed_data(text):
     (text / 'text.txt').write_text('another text\n' * 1000)
     with pytest.raises(UserError, match='the data have changed'):
         train.main(['--out_dir=out/run', '--init_from=resume'])
+
+
+def test_evaluation_says_that_its_text_is_another(text, capsys):
+    """It measured a PPL as if nothing had happened, on what may have been training text."""
+    train.main(flags(max_iters=4))
+    _, settings = checkpoint.load_checkpoint('out/run/ckpt.pt')
+    before = data_of(settings)[1].tolist()
+    assert 'note' not in capsys.readouterr().out
+    (text / 'text.txt').write_text((text / 'text.txt').read_text() + 'more\n' * 1000)
+    assert data_of(settings)[1].tolist() != before
+    assert 'note: data/text-bytes is not the text that this model was trained on' in capsys.readouterr().out
 
 
 def test_command_line_mistake_exits_with_2_and_no_traceback(text):
