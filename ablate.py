@@ -178,6 +178,10 @@ class AblateSettings:
     seeds: int = 3  # runs of each cell at its best learning rate
     compile: bool = False  # torch.compile each block: a fifth faster on a CPU, the same losses to three figures
 
+    def __post_init__(self):
+        if not 1 <= self.seeds <= len(SEEDS):
+            raise ValueError(f'seeds is 1 to {len(SEEDS)}, got {self.seeds}')
+
 
 def main(argv):
     s = configure(AblateSettings, argv)

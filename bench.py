@@ -9,6 +9,8 @@ Machines drift and are shared, so a lone time means little: the cases of a bench
 medians is what counts. Peak memory is that of a process of its own for each case. Prints a table and writes JSON.
 """
 import json
+import os
+import resource
 import statistics
 import subprocess
 import sys
@@ -195,7 +197,9 @@ def take_turns(functions, rounds):
 
 
 def own_peak():
-    """MiB that this process has held at most. (getrusage would count its parent's, up to the fork.)"""
+    """MiB that this process has held at most."""
+    if not os.path.exists('/proc/self/status'):  # macOS (on Linux this would count the parent's, up to the fork)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
     with open('/proc/self/status') as file:
         return next(int(line.split()[1]) / 1024 for line in file if line.startswith('VmHWM'))
 

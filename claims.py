@@ -11,7 +11,7 @@ import re
 import statistics
 from dataclasses import dataclass
 
-from measured import final, number, over_seeds, paired, ppl, relative_exits, results
+from measured import cell, factor, final, number, over_seeds, ppl, relative, relative_exits
 
 MEASUREMENT = re.compile(r'\{(\w+): (.*?)\}')
 
@@ -23,7 +23,7 @@ class Claim:
     here: str
 
     def measured(self, scale):
-        """`here` with its measurements. KeyError if one has not been made."""
+        """`here` with its measurements. NotMeasured if one has not been made."""
         return MEASUREMENT.sub(lambda match: measurement(scale, *match.groups()), self.here)
 
     def tables(self):
@@ -31,20 +31,14 @@ class Claim:
 
 
 def measurement(scale, table, what):
-    cells = results(table, scale)
     if ' / ' in what:
         a, b = what.split(' / ')
-        return over_seeds([final(one) / final(other) for one, other in paired(cells[a], cells[b])], factor)
+        return relative(cell(table, a, scale), cell(table, b, scale))
     if ' @ ' in what:
         label, layer = what.split(' @ ')
-        return over_seeds([relative_exits(r)[int(layer)] for r in cells[label]], factor)
+        return over_seeds([relative_exits(r)[int(layer)] for r in cell(table, label, scale)], factor)
     label, _, key = what.partition(' | ')
-    return number(statistics.mean(ppl(r[key]) if key else final(r) for r in cells[label]))
-
-
-def factor(x):
-    """Three decimals, or four figures where x is large."""
-    return f'{x:.3f}' if x < 10 else number(x)
+    return number(statistics.mean(ppl(r[key]) if key else final(r) for r in cell(table, label, scale)))
 
 
 CLAIMS = [

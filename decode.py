@@ -31,7 +31,8 @@ class KVCache:
         if not config.causal:
             raise ValueError('a model that sees the future (causal=False) cannot decode')
         shape = (config.n_layer, batch_size, config.n_kv_head, config.block_size, config.n_embd // config.n_head)
-        self.k = torch.zeros(shape, device=model.device)
+        dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+        self.k = torch.zeros(shape, dtype=dtype, device=model.device)
         self.v = torch.zeros_like(self.k)
         self.filled = [0] * config.n_layer
         self.length = 0
@@ -69,12 +70,18 @@ class LayerCache:
 
     def append(self, k, v):
         """k, v (b, n_kv_head, T, D) of the T newest tokens -> those of all S tokens so far, (b, n_kv_head, S, D)."""
-        if len(k) != len(self.k[self.rows]):
-            raise ValueError(f'{len(k)} samples do not fit a cache for {len(self.k[self.rows])}')
+        stop = self.write(k, v)
+        return self.k[self.rows, :, :stop], self.v[self.rows, :, :stop]
+
+    def write(self, k, v):
+        """Only keep them; returns S."""
+        n = len(self.rows) if torch.is_tensor(self.rows) else len(self.k)
+        if len(k) != n:
+            raise ValueError(f'{len(k)} samples do not fit a cache for {n}')
         stop = self.start + k.shape[2]
         self.k[self.rows, :, self.start:stop] = k.to(self.k.dtype)
         self.v[self.rows, :, self.start:stop] = v.to(self.v.dtype)
-        return self.k[self.rows, :, :stop], self.v[self.rows, :, :stop]
+        return stop
 
 
 def sample(logits, temperature=1.0, top_k=None, generator=None):

@@ -35,7 +35,7 @@ from model import BitSkip
 from native import fast_decoder
 from prepare import data_of
 from quant import bit_linears, latent_weights
-from runtime import keep_freed_memory, pick_device
+from runtime import keep_freed_memory, pick_device, synchronize
 from speculate import speculate
 
 
@@ -97,9 +97,11 @@ def measure_speed(model, layers, tokens, decoder=None, n_tokens=32, rounds=3):
         for layer in layers:
             steps = stream(model, prompt, n_tokens + 1, temperature=0, exit_layer=layer, decoder=decoder)
             next(steps)  # the prompt
+            synchronize(model.device)
             started = time.perf_counter()
             for _ in steps:
                 pass
+            synchronize(model.device)
             seconds[layer].append(time.perf_counter() - started)
     return [n_tokens / statistics.median(seconds[layer]) for layer in layers]
 
@@ -117,8 +119,10 @@ def measure_speculation(model, tokens, decoder=None, temperature=0.0, lengths=(1
         steps = decode(model, prompt, n_tokens + max(lengths), *options, temperature=temperature, decoder=decoder,
                        generator=torch.Generator(model.device).manual_seed(seed))
         next(steps)  # the prompt
+        synchronize(model.device)
         started = time.perf_counter()
         passes = [(new.shape[1], what) for new, what in steps]
+        synchronize(model.device)
         return (time.perf_counter() - started) / sum(n for n, _ in passes), passes
 
     results = []
@@ -212,7 +216,15 @@ def table(title, header, rows):
         print('  ' + '  '.join(cell.rjust(width) for cell, width in zip(row, widths)))
 
 
+def cell_of(config):
+    """Which of Paper A's four cells a model is, at whatever scale: its label in papers.py; None for other models."""
+    is_theirs = (config.linear in ('bitlinear', 'hbitlinear') and config.norm == 'layernorm' and config.sub_norm
+                 and config.ffn == 'relu2' and config.act_bits == 8 and config.hadamard_layers == 'all')
+    return papers.CELLS[config.linear == 'hbitlinear', config.lambda_ee > 0] if is_theirs else None
+
+
 def print_report(report, cell):
+    """The tables of a report; beside them Paper A's figures for its `cell`, if it is one."""
     exits, full, weights, stats = report['exits'], report['exits'][-1], report['weights'], report['stats']
     kind = 'ternary weights' if stats['weights'] else 'full precision'
     paper = papers.A5 if len(exits) == len(papers.A5) and cell == 'BitSkip (H+EE)' else [None] * len(exits)
@@ -237,13 +249,12 @@ def print_report(report, cell):
         print(f'PPL with an int8 head: {packed:.4f}, {100 * (packed / ternary - 1):+.3f}% of {ternary:.4f}')
     if 'latent' in weights:
         latent, ternary = weights['latent']['ppl'], weights['ternary']['ppl']
-        theirs = papers.A3[cell]
+        pairs = {'ours': (latent, ternary)} | ({'Paper A': papers.A3[cell]} if cell else {})
         table('Latent and ternary weights (Table A3)', ['', 'latent PPL', 'ternary PPL', 'ternary +%'],
-              [['ours', latent, ternary, 100 * (ternary / latent - 1)],
-               ['Paper A', *theirs, 100 * (theirs[1] / theirs[0] - 1)]])
+              [[whose, *pair, 100 * (pair[1] / pair[0] - 1)] for whose, pair in pairs.items()])
     if stats['weights']:
         table('Ternary weights (Table A4)', ['', 'mean alpha', 'zeros', 'matrices > 50% zeros', '+1', '-1'],
-              [['ours', *stats['weights'].values()], ['Paper A', *papers.A4[cell]]])
+              [['ours', *stats['weights'].values()]] + ([['Paper A', *papers.A4[cell]]] if cell else []))
     table('Parameters (Paper A, appendix)', ['component', 'parameters'],
           [[name, f'{count:,}'] for name, count in stats['parameters'].items()])
     gates = stats['gates']
@@ -257,15 +268,15 @@ def print_report(report, cell):
               f'E (A9) = {gates["expected_exit_layer"]:.2f} for a target of {gates["target_exit"]}')
 
 
-def plot(report, path):
-    """Exit curve and activation spread side by side, as PNG."""
+def plot(report, cell, path):
+    """Exit curve and activation spread side by side, as PNG; Paper A's curve, if this is its `cell`."""
     import matplotlib
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), constrained_layout=True)
     layers = [e['layer'] for e in report['exits']]
     left.semilogy(layers, [e['ppl'] for e in report['exits']], 'o-', color='#0072B2', label='this model')
-    if len(layers) == len(papers.A5):
+    if len(layers) == len(papers.A5) and cell == 'BitSkip (H+EE)':
         left.semilogy(layers, papers.A5, 's--', color='#D55E00', label='Paper A, Table 5 (BPE)')
     left.set(title='Perplexity at each exit', xlabel='exit layer', ylabel='PPL')
     left.legend()
@@ -342,13 +353,13 @@ def main(argv):
         sweep = measure_speculation(fast, tokens, decoder, s.temperature) if len(layers) > 1 else []
         report['speculation'] = {'temperature': s.temperature, 'sweep': sweep,
                                  'best': max(sweep, key=lambda r: r['speedup'], default=None)}
-    cell = papers.CELLS[model.config.linear == 'hbitlinear', model.config.lambda_ee > 0]
+    cell = cell_of(model.config)
     print_report(report, cell)
     path = s.json or os.path.join(out_dir, 'eval.json')
     with checkpoint.atomic_write(path, 'w') as file:
         json.dump(report, file, indent=1)
     picture = os.path.splitext(path)[0] + '.png'
-    plot(report, picture)
+    plot(report, cell, picture)
     print(f'\nwritten: {path}, {picture}')
 
 

@@ -51,7 +51,8 @@ def skip_probabilities(n_layer, p_max, schedule='quadratic', normalize=False, sk
     """Probability of skipping each block in training: list of L floats, the last one 0 without skip_last (A5, B2).
 
     schedule: with t = l / (L-1), p_l is p_max times t^2 ('quadratic'), t ('linear'), 2^t - 1 ('exp', as LayerSkip) or
-    1 ('uniform'). normalize: scale so that they sum to 1, one skipped block per sample on average (B section 3.3)."""
+    1 ('uniform'). normalize: scale so that they sum to 1, one skipped block per sample on average (B section 3.3),
+    whatever p_max is. ValueError if a block would then always be skipped."""
     curve = {'quadratic': lambda t: t ** 2, 'linear': lambda t: t, 'exp': lambda t: 2 ** t - 1,
              'uniform': lambda t: 1.0}[schedule]
     p = [p_max * curve(layer / max(1, n_layer - 1)) for layer in range(n_layer)]
@@ -59,6 +60,8 @@ def skip_probabilities(n_layer, p_max, schedule='quadratic', normalize=False, sk
         p[-1] = 0.0
     if normalize and sum(p) > 0:
         p = [p_l / sum(p) for p_l in p]
+        if max(p) >= 1:
+            raise ValueError(f'skip_normalize leaves a block of {n_layer} that is always skipped: take more layers')
     return p
 
 

@@ -7,14 +7,37 @@ from ablate import compared_runs, loss_of
 from experiments import SEEDS, TABLES
 
 
+class NotMeasured(LookupError):
+    """No run of a cell has been done, or has come to its end."""
+
+
 def results(name, scale):
-    """What the runs of table `name` measured that it compares: {label: list of results, one a seed}; none is left out
-    that is there."""
-    found = {}
-    for label in TABLES[name].cells:
-        done = [run.result() for run in compared_runs(TABLES[name], label, scale, len(SEEDS))]
-        found[label] = [result for result in done if result is not None]
+    """What the runs that table `name` compares have measured, as far as they have been done: {label: list of results,
+    one a seed}. Those that diverged have measured nothing: they are counted by `diverged`."""
+    found = {label: [result for result in done if result['exits']] for label, done in runs_done(name, scale).items()}
     return {label: several for label, several in found.items() if several}
+
+
+def diverged(name, scale):
+    """{label: (runs that diverged, runs that were done)} of the cells in which there are any."""
+    counts = {label: (sum(not result['exits'] for result in done), len(done))
+              for label, done in runs_done(name, scale).items()}
+    return {label: count for label, count in counts.items() if count[0]}
+
+
+def runs_done(name, scale):
+    table = TABLES[name]
+    return {label: [result for run in compared_runs(table, label, scale, len(SEEDS)) if (result := run.result())]
+            for label in table.cells}
+
+
+def cell(name, label, scale):
+    """The results of one cell. NotMeasured if there are none, KeyError if there is no such cell."""
+    TABLES[name].cells[label]
+    try:
+        return results(name, scale)[label]
+    except KeyError:
+        raise NotMeasured(f'{name}: {label}') from None
 
 
 def rate_of(several):
@@ -45,6 +68,11 @@ def number(x):
     return f'{x:.1e}'.replace('e+0', 'e').replace('e+', 'e') if x >= 1e7 else f'{x:,.0f}' if x >= 1e4 else f'{x:.4g}'
 
 
+def factor(x):
+    """Three decimals, or four figures where x is large."""
+    return f'{x:.3f}' if x < 10 else number(x)
+
+
 def mean(several, value):
     """'mean ± s.d.' of value(result) over the seeds, four figures."""
     return over_seeds([value(result) for result in several])
@@ -66,4 +94,7 @@ def relative_exits(result):
 
 
 def relative(several, base):
-    return statistics.mean(map(final, several)) / statistics.mean(map(final, base))
+    """PPL over that of `base`, seed by seed: 'mean ± s.d.' of the ratios, '1' for the base itself, '-' where no seed is
+    in both."""
+    ratios = [final(one) / final(other) for one, other in paired(several, base)] if base else []
+    return '1' if several is base else over_seeds(ratios, factor) if ratios else '-'

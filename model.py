@@ -60,7 +60,7 @@ class BitSkipConfig:
     final_norm: bool = True  # False: the head reads raw h_l at full depth, too
     p_max: float = 0.0  # layer skipping: the largest probability (A5); 0.7 in Paper A, 0.5 in Paper B
     skip_schedule: Literal['quadratic', 'linear', 'exp', 'uniform'] = 'quadratic'  # growth over depth (A5)
-    skip_normalize: bool = False  # scale the probabilities to sum 1 (Paper B, section 3.3)
+    skip_normalize: bool = False  # scale the probabilities to sum 1, whatever p_max (Paper B, section 3.3)
     skip_last: bool = False  # the last block is skipped, too: then full depth's own loss trains the exits before it
     lambda_q: float = 0.05  # weight of the quantization loss (A8)
     lambda_r: float = 0.2  # weight of the routing loss (A9)
@@ -89,6 +89,7 @@ class BitSkipConfig:
         require(self.rope_theta > 0, f'rope_theta is above 0, got {self.rope_theta}')
         require(self.act_bits in (4, 8), f'act_bits is 4 or 8, got {self.act_bits}')
         require(0 <= self.p_max <= 1, f'p_max is a probability, got {self.p_max}')
+        skip_probabilities(self.n_layer, self.p_max, self.skip_schedule, self.skip_normalize, self.skip_last)
         require(0 <= self.dropout < 1, f'dropout is a probability below 1, got {self.dropout}')
         for name in ('gate_dim', 'ee_adapter'):
             require(0 <= getattr(self, name) <= 2 ** 20, f'{name} is 0 to {2 ** 20}, got {getattr(self, name)}')
@@ -176,7 +177,7 @@ class Attention(nn.Module):
     def remember(self, x, rope, past):
         """Leave x's keys and values in the cache and compute nothing else (a token that has already exited)."""
         k, v = map(self.heads, project(x, (self.k, self.v)))
-        past.append(rotate(k, rope), v)
+        past.write(rotate(k, rope), v)
 
 
 class FFN(nn.Module):
@@ -407,25 +408,29 @@ class BitSkip(nn.Module):
         return (E - self.config.target_exit).square()
 
     def agreement_loss(self, states, last):
-        """What a gate can know and A9 does not ask: how far the exit already agrees with the last layer. 'agreement': 1
-        if their likeliest tokens are the same, else 0. 'overlap': sum_x min(p_exit(x), p_last(x)), which is the chance
-        that full depth accepts a token drawn at the exit (speculate.py).
+        """What a gate can know and A9 does not ask: how far the exit already agrees with the last layer (`agreement`).
+        'agreement': 1 if their likeliest tokens are the same, else 0. 'overlap': sum_x min(p_exit(x), p_last(x)), which
+        is the chance that full depth accepts a token drawn at the exit (speculate.py).
 
         Binary cross-entropy, each gate on its own random share of the tokens; it trains the gates and nothing else."""
         shares = self.deal(last[..., 0], len(states))
         losses = []
         for layer, (h, share) in enumerate(zip(states, shares)):
-            h = h.detach().flatten(0, 1)[share]
-            with torch.no_grad():
-                here, there = self.head(self.exit_state(h, layer)), self.head(last.flatten(0, 1)[share])
-                if self.config.gate_loss == 'agreement':
-                    target = (here.argmax(dim=-1) == there.argmax(dim=-1)).float()
-                else:
-                    target = torch.minimum(here.float().softmax(dim=-1), there.float().softmax(dim=-1)).sum(dim=-1)
+            h, there = h.detach().flatten(0, 1)[share], last.detach().flatten(0, 1)[share]
+            chunks = zip(h.split(512), there.split(512))  # rows whose logits are there at a time
+            target = torch.cat([self.agreement(self.exit_state(a, layer), b) for a, b in chunks])
             p = self.gates[layer](h).clamp(1e-6, 1 - 1e-6)
             cross_entropy = -(target * p.log() + (1 - target) * (1 - p).log())
             losses.append(cross_entropy.sum() / max(1, len(share)))
         return torch.stack(losses).mean()
+
+    @torch.no_grad()
+    def agreement(self, here, there):
+        """How far the head says the same of two states, (N, C) each, as gate_loss has it: (N,) float32, 0 to 1."""
+        here, there = self.head(here).float(), self.head(there).float()  # (N, V)
+        if self.config.gate_loss == 'agreement':
+            return (here.argmax(dim=-1) == there.argmax(dim=-1)).float()
+        return torch.minimum(here.softmax(dim=-1), there.softmax(dim=-1)).sum(dim=-1)
 
     def gate_probabilities(self, states):
         """A6 at every exit: list of (B, T, C) -> (B, T, L-1)."""

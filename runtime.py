@@ -27,6 +27,12 @@ def pick_device(name):
     return device
 
 
+def synchronize(device):
+    """Wait until the device has done what it was asked to do: before a clock is read."""
+    if device.type != 'cpu':
+        torch.accelerator.synchronize()
+
+
 def pick_dtype(name, device):
     """'float32' or 'bfloat16', which is what 'auto' means on a GPU that multiplies it natively. (A CPU that can may
     still be slower at it: of two with AVX-512 BF16, one took 0.9 and one 1.4 times as long for a training step.)"""
@@ -50,7 +56,7 @@ def keep_freed_memory():
     if sys.platform == 'linux':
         with contextlib.suppress(OSError, AttributeError):
             libc, M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = ctypes.CDLL('libc.so.6'), -1, -3
-            libc.mallopt(M_MMAP_THRESHOLD, 2 ** 31 - 1)
+            libc.mallopt(M_MMAP_THRESHOLD, 2 ** 31 - 1) or libc.mallopt(M_MMAP_THRESHOLD, 2 ** 25)  # older ones' most
             libc.mallopt(M_TRIM_THRESHOLD, 2 ** 31 - 1)
 
 

@@ -101,9 +101,14 @@ def main(argv):
     print(prompt, end='', flush=True)
     counts, told, started = [], [], time.perf_counter()  # told: exit layers, or how many tokens were drafted
     for tokens, what in steps:
-        print(text.decode(tokenizer.decode_bytes(tokens[0].tolist())), end='', flush=True)
+        new = tokens[0].tolist()
+        ends = tokenizer.eot in new
+        new = new[:new.index(tokenizer.eot)] if ends else new
+        print(text.decode(tokenizer.decode_bytes(new)), end='', flush=True)
         counts.append(tokens.shape[1])
         told.append(int(what))
+        if ends:  # of this text: what the model would write next is another
+            break
     print(text.decode(b'', final=True))
     if counts:
         n, seconds = sum(counts), time.perf_counter() - started

@@ -22,9 +22,10 @@ import papers
 import train
 from ablate import Run
 from claims import CLAIMS
-from configurator import configure, run
+from configurator import UserError, configure, run
 from experiments import SEEDS, SHORT, TABLES
-from measured import final, mean, number, ppl, rate_of, relative, relative_exits, results
+from measured import (NotMeasured, diverged, final, mean, number, ppl, rate_of, relative, relative_exits,
+                      results)
 from model import BitSkip, BitSkipConfig
 from tradeoff import at_compute
 
@@ -51,7 +52,7 @@ def a2(scale):
     cells = results('A2', scale)
     base = cells.get('Baseline')
     rows = [[label, rate_of(several), len(several), mean(several, final),
-             mean(several, lambda r: r['bits_per_byte']), number(relative(several, base)) if base else '-',
+             mean(several, lambda r: r['bits_per_byte']), relative(several, base),
              number(papers.A2[label]), number(papers.A2[label] / papers.A2['Baseline'])]
             for label, several in cells.items()]
     return ['cell', 'learning rate', 'seeds', 'PPL', 'bits per byte', '× baseline', "Paper A's PPL", '× baseline'], rows
@@ -95,7 +96,7 @@ def plain(name, paper=None):
         if not cells:
             return [], []
         first = next(iter(cells.values()))
-        rows = [[label, rate_of(several), len(several), mean(several, final), number(relative(several, first))]
+        rows = [[label, rate_of(several), len(several), mean(several, final), relative(several, first)]
                 + ([number(paper.get(label))] if paper else []) for label, several in cells.items()]
         return ['cell', 'learning rate', 'seeds', 'PPL', '× first'] + ["paper's PPL"] * bool(paper), rows
     return table
@@ -127,7 +128,7 @@ def compose(scale):
     for label, several in cells.items():
         at = [mean(several, lambda r, layer=layer: relative_exits(r)[layer]) for layer in (last_but_one, half)]
         extra = parameters(TABLES['compose'].cells[label]) / parameters(TABLES['compose'].cells['H-only']) - 1
-        rows.append([label, len(several), mean(several, final), number(relative(several, best)), *at,
+        rows.append([label, len(several), mean(several, final), relative(several, best), *at,
                      f'{round(100 * extra, 2) + 0:g}%'])
     return ['model', 'seeds', 'PPL', '× best H-only', f'exit {last_but_one} × own full depth', f'exit {half} ×',
             'extra parameters, 86M'], rows
@@ -135,7 +136,7 @@ def compose(scale):
 
 def tradeoff(scale):
     report = json.loads(Path('results/tradeoff.json').read_text())
-    points, n_layer = [p for p in report['points'] if p['knob'] != 'argmax'], report['n_layer']
+    points, n_layer = report['points'], report['n_layer']
     full = points[n_layer - 1]['loss']
     rows = []
     for way in ('fixed', 'confidence', 'saturation', 'gate', 'foresight', 'drafts'):
@@ -172,7 +173,7 @@ def claims(scale):
     for claim in CLAIMS:
         try:
             rows.append([claim.claim, claim.behind, claim.measured(scale), claim.tables()])
-        except KeyError:  # a cell of it has not been trained
+        except NotMeasured:
             pass
     return ['claim', 'what is behind it', 'here', '`--table`'], rows
 
@@ -209,6 +210,11 @@ def markdown(name, scale='cpu'):
     """Table `name`, or '' if nothing has been measured for it."""
     own_file = Path('results', f'{name}.json')  # (of those that ablate.py has not measured)
     header, rows = MAKE[name](scale) if name in TABLES or name in DERIVED or own_file.exists() else ([], [])
+    if name in TABLES:  # a run that diverged is a result, too
+        counts = diverged(name, scale)
+        header = header or ['cell', 'seeds'] if counts else header
+        rows += [[f'{label}: {n} of {done} diverged', *['-'] * (len(header) - 1)]
+                 for label, (n, done) in counts.items()]
     lines = [header, ['---'] * len(header), *rows] if rows else []
     return '\n'.join(f'| {" | ".join(map(str, line))} |' for line in lines)
 
@@ -234,9 +240,11 @@ class TablesSettings:
 
 def main(argv):
     s = configure(TablesSettings, argv)
-    for name in MAKE:
-        if text := markdown(name, s.scale):
-            print(f'\n{caption(name)}\n{text}')
+    made = {name: text for name in MAKE if (text := markdown(name, s.scale))}
+    if not made:
+        raise UserError(f'there are no results at the {s.scale} scale: python ablate.py --table=A2 measures some')
+    for name, text in made.items():
+        print(f'\n{caption(name)}\n{text}')
     for page in PAGES if s.readme else ():
         text = update(page.read_text(), s.scale)
         with checkpoint.atomic_write(page, 'w') as file:

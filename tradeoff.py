@@ -118,7 +118,8 @@ def measure_drafts(model, tokens):
 
 def at_compute(points, way, blocks, what='loss'):
     """The loss (or agreement) of `way` at so many blocks a token, between the two measured points that enclose them;
-    None outside."""
+    None outside. (The oracle's knob 'argmax' is another rule, and apart.)"""
+    points = [p for p in points if p.get('knob') != 'argmax']
     full = max((p for p in points if p['way'] == 'fixed'), key=lambda p: p['blocks'])  # where every threshold ends
     curve = sorted((p['blocks'], p[what]) for p in [*points, full | {'way': way}] if p['way'] == way)
     for (x0, y0), (x1, y1) in zip(curve, curve[1:]):

@@ -77,6 +77,8 @@ class TrainSettings(BitSkipConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.freeze:  # what is learned is learned from the model as it is used
+            self.p_max = self.dropout = self.ee_leave = 0.0
         if not 1 <= self.batch_size <= 2 ** 20:
             raise ValueError(f'batch_size is 1 to {2 ** 20}, got {self.batch_size}')
         for name in ('gradient_accumulation_steps', 'max_iters', 'eval_interval', 'log_interval'):
@@ -126,6 +128,8 @@ def get_batch(tokens, batch_size, block_size, device):
     """Random windows of the training text: idx and targets, each (B, T) int64, targets one token ahead."""
     starts = torch.randint(len(tokens) - block_size, (batch_size,)).tolist()
     windows = torch.stack([torch.from_numpy(tokens[i:i + block_size + 1].astype(np.int64)) for i in starts])
+    if device.type == 'cuda':
+        windows = windows.pin_memory()  # so that the copy need not wait for the GPU
     windows = windows.to(device, non_blocking=True)
     return windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
 
@@ -476,11 +480,15 @@ def estimate_hours(s):
     return training_flops(s) / (2 * 1024 ** 3 / fastest) / 3600
 
 
+def is_config(arg):
+    return arg.endswith('.py') and not arg.startswith('--')
+
+
 def read_settings(argv):
     """(settings, None) of this command line, or (settings, saved state) where it builds on a run. To resume: the run's
     own settings hold, the config files only name its folder, and flags come on top (--max_iters to train on, say).
     From another run's model: that run's settings, then config files and flags on top."""
-    names = [Path(arg).stem for arg in argv if arg.endswith('.py') and not arg.startswith('--')]
+    names = [Path(arg).stem for arg in argv if is_config(arg)]
     values, saved = collect(TrainSettings, argv), None
     out_dir, init_from = values['out_dir'] or os.path.join('out', '-'.join(names) or 'bitskip'), values['init_from']
     if init_from != 'scratch':
@@ -488,7 +496,7 @@ def read_settings(argv):
         saved = checkpoint.load(os.path.join(out_dir, 'last.pt') if resumes else os.path.join(init_from, 'ckpt.pt'))
         known = {field.name for field in fields(TrainSettings)} - {'fsdp'}  # which is this launch's matter
         base = {key: value for key, value in saved['settings'].items() if key in known}
-        values = collect(TrainSettings, [arg for arg in argv if not (resumes and arg.endswith('.py'))], base)
+        values = collect(TrainSettings, [arg for arg in argv if not (resumes and is_config(arg))], base)
     return build(TrainSettings, values | {'out_dir': out_dir, 'init_from': init_from}), saved
 
 
@@ -506,6 +514,7 @@ def main(argv):
 def train(argv, s, saved):
     """The run that these settings describe, which starts from, or goes on with, a saved state or None. As `main`."""
     keep_freed_memory()
+    torch.set_float32_matmul_precision('high')  # TF32, on GPUs that have it; nothing changes on a CPU
     if pick_device(s.device).type == 'cpu' and 'RANK' not in os.environ and (hours := estimate_hours(s)) > 2:
         print(f'on this CPU the whole run takes about {hours:,.0f} hours; config/cpu.py shrinks any recipe to '
               f'minutes:\n  python train.py {" ".join(argv)} config/cpu.py')

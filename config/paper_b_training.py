@@ -4,10 +4,9 @@
 dataset = 'tinystories'
 batch_size = 16
 max_iters = 50000
-eval_interval = 1000
+eval_interval, patience = 1000, 0
 warmup_iters = 1000
 schedule = 'linear'
 lambda_ee = 0.3
 ee_weighting = 'late'  # B6
-p_max = 0.5
-skip_normalize = True
+p_max, skip_normalize = 0.5, True  # (its two statements; normalized to sum 1, p_l is at most 0.13, not 0.5)

@@ -12,7 +12,7 @@ import tables
 import train
 from ablate import Run
 from claims import CLAIMS, MEASUREMENT, Claim
-from configurator import configure
+from configurator import UserError, configure
 from experiments import RATES, SHORT, TABLES, Table
 from test_train import TINY, text  # noqa: F401 (a fixture)
 
@@ -93,7 +93,7 @@ def test_a_cell_on_a_finished_model_waits_for_it(table):
 
 
 def test_table_says_what_was_measured(table, monkeypatch):
-    """Mean and standard deviation of the PPL of the seeds, and the ratio of the means."""
+    """Mean and standard deviation of the PPL of the seeds, and of its ratios, seed by seed."""
     monkeypatch.setitem(tables.MAKE, 'two', tables.plain('two'))
     assert tables.markdown('two') == ''
     losses = {'a': (1.0, 1.1, 1.3), 'b': (0.9,)}
@@ -103,10 +103,9 @@ def test_table_says_what_was_measured(table, monkeypatch):
         for run, loss in zip(ablate.compared_runs(table, label, 'cpu', 3), losses[label]):
             fake_result(run, loss)
     ppl = [measured.math.exp(loss) for loss in losses['a']]
-    ratio = measured.math.exp(0.9) / statistics.mean(ppl)
     assert tables.markdown('two').splitlines()[2:] == [
         f'| a | 0.004 | 3 | {statistics.mean(ppl):.4g} ± {statistics.stdev(ppl):.2g} | 1 |',
-        f'| b | 0.004 | 1 | {measured.math.exp(0.9):.4g} | {ratio:.4g} |']
+        f'| b | 0.004 | 1 | {measured.math.exp(0.9):.4g} | {measured.math.exp(0.9 - 1.0):.3f} |']
 
 
 @pytest.mark.parametrize('claim', CLAIMS, ids=lambda claim: claim.claim[:20])
@@ -133,6 +132,25 @@ def test_claims_say_what_was_measured(table):
     assert Claim('', '', '{two: a}').measured('cpu') == measured.number((exp(1.0) + exp(1.2)) / 2)
     with pytest.raises(KeyError):
         Claim('', '', '{two: c}').measured('cpu')
+
+
+def test_every_table_outlives_runs_that_diverge(tmp_path, monkeypatch, capsys):
+    """One diverged run ended tables and claims in tracebacks, after hours of training, or dropped rows in silence."""
+    monkeypatch.chdir(tmp_path)
+    for table in TABLES.values():
+        for label in table.cells:
+            for run in ablate.swept_runs(table, label, 'cpu') + ablate.compared_runs(table, label, 'cpu', 1):
+                fake_result(run, None)
+            for run in ablate.compared_runs(table, label, 'cpu', 1):
+                fake_result(run, None)
+    for name in TABLES:
+        table = tables.markdown(name)
+        assert all(f'| {label}: 1 of 1 diverged |' in table for label in TABLES[name].cells), table
+    assert tables.markdown('claims') == ''
+    tables.main([])
+    assert 'nan' not in capsys.readouterr().out
+    with pytest.raises(UserError, match='there are no results at the paper scale'):
+        tables.main(['--scale=paper'])
 
 
 def test_runs_are_done_once_resumed_and_shared(text, monkeypatch):  # noqa: F811
