@@ -128,7 +128,7 @@ def get_batch(tokens, batch_size, block_size, device):
     """Random windows of the training text: idx and targets, each (B, T) int64, targets one token ahead."""
     starts = torch.randint(len(tokens) - block_size, (batch_size,)).tolist()
     windows = torch.stack([torch.from_numpy(tokens[i:i + block_size + 1].astype(np.int64)) for i in starts])
-    if device.type == 'cuda':
+    if torch.device(device).type == 'cuda':
         windows = windows.pin_memory()  # so that the copy need not wait for the GPU
     windows = windows.to(device, non_blocking=True)
     return windows[:, :-1].contiguous(), windows[:, 1:].contiguous()

@@ -425,7 +425,7 @@ def test_train_latent_ternarizes_afterwards(text):
     train.main(flags(train_latent=True, **settings))
     training = train.Run(train.read_settings(flags(**settings))[0])
     train.seed_microbatch(7, 0, 0)
-    idx, targets = train.get_batch(training.train_tokens, 2, 32, training.device)
+    idx, targets = train.get_batch(training.train_tokens, 2, 32, 'cpu')
     with latent_weights(training.model):
         latent = training.model(idx, targets)[1]['ce'].item()
     assert log()[1]['ce'] == pytest.approx(latent, abs=1e-5)
