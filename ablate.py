@@ -85,14 +85,15 @@ def loss_of(result):
 def swept_runs(table, label, scale):
     """The runs that find a cell's learning rate, if there is a choice."""
     rates = table.rates if scale == 'cpu' and label not in table.on and len(table.rates) > 1 else ()
-    return [Run(table.cells[label], rate, SEEDS[0], SHORT, scale) for rate in rates]
+    return [Run(table.arguments(label, scale), rate, SEEDS[0], SHORT, scale) for rate in rates]
 
 
 def compared_runs(table, label, scale, n_seeds):
     """The runs of a cell that its table compares: one a seed, at the best rate. [] while that is not known."""
     if label in table.on:
         bases = compared_runs(table, table.on[label], scale, n_seeds)
-        return [Run(table.cells[label], None, base.seed, SHORT, scale, base) for base in bases if base.result()]
+        return [Run(table.arguments(label, scale), None, base.seed, SHORT, scale, base) for base in bases
+                if base.result()]
     sweep = swept_runs(table, label, scale)
     results = [run.result() for run in sweep]
     if None in results:
@@ -100,7 +101,7 @@ def compared_runs(table, label, scale, n_seeds):
     best = min(zip(results, sweep), key=lambda pair: loss_of(pair[0]), default=(None, None))[1]
     rate = best.rate if best else table.rates[0] if scale == 'cpu' else None
     seeds = SEEDS[:min(n_seeds, table.seeds)]
-    return [Run(table.cells[label], rate, seed, table.steps, scale) for seed in seeds]
+    return [Run(table.arguments(label, scale), rate, seed, table.steps, scale) for seed in seeds]
 
 
 def do(run, compile):
@@ -186,10 +187,11 @@ class AblateSettings:
 def main(argv):
     s = configure(AblateSettings, argv)
     keep_freed_memory()
-    names = list(TABLES) if s.table == 'all' else s.table.split(',')
+    there = [name for name, table in TABLES.items() if s.scale in table.scales]
+    names = there if s.table == 'all' else s.table.split(',')
     for name in names:
-        if name not in TABLES:
-            raise UserError(f"there is no table '{name}'; there are {', '.join(TABLES)} and all")
+        if name not in there:
+            raise UserError(f"there is no table '{name}' at the {s.scale} scale; there are {', '.join(there)} and all")
     if train_all([TABLES[name] for name in names], s.scale, s.seeds, s.compile):
         from tables import markdown  # (which reads our plan)
         for name in names:

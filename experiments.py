@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 RATES = (4e-3, 2e-3)  # learning rates of the CPU scale (1e-3 and 8e-3 lost wherever they were tried)
 SEEDS = (7, 8, 9, 10, 11)
 BRIEF, SHORT, FULL = 200, 650, 1400  # steps of the CPU scale
+FIVE_HUNDRED = {'paper': '--max_iters=500'}  # steps of Paper A's sweeps
 
 
 @dataclass
@@ -20,6 +21,12 @@ class Table:
     steps: int = SHORT  # of the runs that are compared; rates are always compared at SHORT
     rates: tuple = RATES  # one: that of all cells
     on: dict = field(default_factory=dict)  # {label: label of the cell whose finished model it starts from}
+    flags: dict = field(default_factory=dict)  # {scale: flags of all cells at this scale}
+    scales: tuple = ('cpu', 'paper')  # at which the cells differ
+
+    def arguments(self, label, scale):
+        """What follows `python train.py` in a cell."""
+        return f'{self.cells[label]} {self.flags.get(scale, "")}'.strip()
 
 
 TABLES = {
@@ -32,17 +39,20 @@ TABLES = {
         'BitSkip (H+EE)': 'config/bitskip_h_ee.py'}, seeds=5, steps=FULL),
     'A6': Table('λ_r, weight of the routing loss (λ_q 0, p_max 0.5)', {
         value: f'config/bitskip_ee.py --p_max=0.5 --lambda_q=0 --lambda_r={value}'
-        for value in ('0', '0.01', '0.05', '0.1', '0.2')}, steps=BRIEF, rates=RATES[:1]),
+        for value in ('0', '0.01', '0.05', '0.1', '0.2')}, steps=BRIEF, rates=RATES[:1],
+        flags=FIVE_HUNDRED),
     'A7': Table('λ_q, weight of the quantization loss (λ_r 0.05, p_max 0.5)', {
         value: f'config/bitskip_ee.py --p_max=0.5 --lambda_q={value} --lambda_r=0.05'
-        for value in ('0', '0.01', '0.05', '0.1', '0.2')}, steps=BRIEF, rates=RATES[:1]),
+        for value in ('0', '0.01', '0.05', '0.1', '0.2')}, steps=BRIEF, rates=RATES[:1],
+        flags=FIVE_HUNDRED),
     'A8': Table('routing on (λ_r 0.2, λ_q 0.05) or off, and p_max of layer skipping', {
         'off, 0.7': 'config/bitskip_ee.py --p_max=0.7 --lambda_q=0 --lambda_r=0',
         'off, 0.5': 'config/bitskip_ee.py --p_max=0.5 --lambda_q=0 --lambda_r=0',
         'off, 0.2': 'config/bitskip_ee.py --p_max=0.2 --lambda_q=0 --lambda_r=0',
         'on, 0.7': 'config/bitskip_ee.py --p_max=0.7 --lambda_q=0.05 --lambda_r=0.2',
         'on, 0.5': 'config/bitskip_ee.py --p_max=0.5 --lambda_q=0.05 --lambda_r=0.2',
-        'on, 0.2': 'config/bitskip_ee.py --p_max=0.2 --lambda_q=0.05 --lambda_r=0.2'}, steps=BRIEF, rates=RATES[:1]),
+        'on, 0.2': 'config/bitskip_ee.py --p_max=0.2 --lambda_q=0.05 --lambda_r=0.2'}, steps=BRIEF, rates=RATES[:1],
+        flags=FIVE_HUNDRED),
 
     # -- what may be behind the papers' figures
 
@@ -101,7 +111,8 @@ TABLES = {
                                 ('Baseline, init 0.1', 'config/baseline.py --init_scale=0.1'),
                                 ('BitSkip (H+EE)', 'config/bitskip_h_ee.py'),
                                 ('full precision', 'config/baseline.py --linear=fp'))
-        for value, flag in ((0.2, ''), (0, ' --lambda_r=0'))}),
+        for value, flag in ((0.2, ''), (0, ' --lambda_r=0'))} | {
+        'H-only, λ_r 0.2, gates alone': 'config/bitskip_h.py --gate_detach=True'}),
     'unrouted': Table('the four cells of Paper A without the routing loss', {
         'Baseline': 'config/baseline.py --lambda_r=0',
         'H-only': 'config/bitskip_h.py --lambda_r=0',
@@ -153,13 +164,14 @@ TABLES = {
     'share': Table('how many tokens the exits need in a step', {
         f'{8 * 256 * more:,} tokens a step, exits learn from {share}': f'config/compose.py{batch}{flag}'
         for more, batch in ((1, ''), (4, ' --batch_size=32'))
-        for share, flag in (('all', ''), ('1/4', ' --ee_share=0.25'))}, steps=300, rates=RATES[1:2]),
+        for share, flag in (('all', ''), ('1/4', ' --ee_share=0.25'))}, steps=300, rates=RATES[1:2], scales=('cpu',)),
 
-    # -- Paper B, narrow: 24 layers stay 24
+    # -- Paper B, on two CPU cores narrow: 24 layers stay 24
 
     'B': Table("Paper B's variants in both phases", {
-        f'{name}, phase {phase}': f'config/{config}.py{overlay} --n_embd=64 --n_head=4 --n_kv_head=2 --ffn_dim=128'
+        f'{name}, phase {phase}': f'config/{config}.py{overlay}'
         for name, config in (('V1', 'tinystories_v1'), ('V2', 'tinystories_v2'), ('V3', 'tinystories_v3'),
                              ('Llama3', 'layerskip'))
-        for phase, overlay in ((1, ' config/phase1.py'), (2, ''))}, steps=250, rates=RATES[:1]),
+        for phase, overlay in ((1, ' config/phase1.py'), (2, ''))}, steps=250, rates=RATES[:1],
+        flags={'cpu': '--n_embd=64 --n_head=4 --n_kv_head=2 --ffn_dim=128'}),
 }

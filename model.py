@@ -65,6 +65,7 @@ class BitSkipConfig:
     lambda_q: float = 0.05  # weight of the quantization loss (A8)
     lambda_r: float = 0.2  # weight of the routing loss (A9)
     gate_loss: Literal['cost', 'agreement', 'overlap'] = 'cost'  # gates learn a mean exit (A9), or how an exit agrees
+    gate_detach: bool = False  # gates learn a mean exit without sending a gradient into the blocks, as the others do
     target_exit: int | None = None  # l*, the mean exit layer that gates learn (A9); none: L / 2, as Paper A's 6 of 12
     gate_dim: int = 32  # inner width of the gates (A6); 0: no gates
     init_scale: float = 1.0  # experiment: of the projections' initial weights (the authors' BitLinear: 0.1)
@@ -402,8 +403,11 @@ class BitSkip(nn.Module):
         return torch.randperm(tokens.numel())[:n_dealt].to(tokens.device).tensor_split(n)
 
     def routing_loss(self, states):
-        """A9: (E - l*)^2. "On average": the mean over tokens comes before the square."""
-        p = self.gate_probabilities(states)
+        """A9: (E - l*)^2, a scalar. "On average": the mean over tokens comes before the square. states: L-1 of
+        (B, T, C), the h_l of the layers that a token can leave at."""
+        if self.config.gate_detach:
+            states = [h.detach() for h in states]
+        p = self.gate_probabilities(states)  # (B, T, L-1)
         E = expected_exit_layer(sample_exits(p) if self.training else p).mean()
         return (E - self.config.target_exit).square()
 

@@ -24,16 +24,30 @@ ROOT = Path(__file__).resolve().parent.parent
 def test_every_cell_is_a_command_line_of_train(name, scale, monkeypatch):
     monkeypatch.chdir(ROOT)
     table = TABLES[name]
-    for label, arguments in table.cells.items():
-        for run in [Run(arguments, 1e-3, 7, 650, scale), *ablate.swept_runs(table, label, scale)]:
+    for label in table.cells:
+        for run in [Run(table.arguments(label, scale), 1e-3, 7, 650, scale), *ablate.swept_runs(table, label, scale)]:
             settings = configure(train.TrainSettings, run.command())
             assert (settings.dataset == 'pydocs' and settings.max_iters == 650) == (scale == 'cpu')
 
 
 def test_runs_of_different_commands_have_different_files():
-    runs = {Run(arguments, rate, 7, 650, 'cpu') for table in TABLES.values() for arguments in table.cells.values()
-            for rate in table.rates}
-    assert len({tuple(run.command()) for run in runs}) == len({run.path for run in runs}) == len(runs)
+    for scale in ('cpu', 'paper'):
+        runs = {Run(table.arguments(label, scale), rate, 7, 650, scale) for table in TABLES.values()
+                for label in table.cells for rate in table.rates}
+        assert len({tuple(run.command()) for run in runs}) == len({run.path for run in runs}) == len(runs)
+
+
+def test_scales_differ_in_size_not_in_kind(tmp_path, monkeypatch):
+    """At Paper B's own scale its variants were as narrow as on a CPU, and Paper A's sweeps twenty times as long."""
+    monkeypatch.chdir(ROOT)
+    for name, widths in (('V1, phase 1', (64, 2048)), ('V2, phase 2', (64, 2048))):
+        for scale, width in zip(('cpu', 'paper'), widths):
+            (run,) = ablate.compared_runs(TABLES['B'], name, scale, 1)
+            assert configure(train.TrainSettings, run.command()).n_embd == width
+    (run,) = ablate.compared_runs(TABLES['A7'], '0.2', 'paper', 1)
+    assert configure(train.TrainSettings, run.command()).max_iters == 500
+    with pytest.raises(UserError, match="there is no table 'share' at the paper scale"):
+        ablate.main(['--table=share', '--scale=paper'])
 
 
 def fake_result(run, loss):

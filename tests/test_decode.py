@@ -56,6 +56,14 @@ def test_a_prompt_in_chunks_equals_one_pass(make_model, tokens, linear, chunks, 
     assert_near(logits, model(idx, exit_layer=exit_layer)[0], 1e-5 if linear == 'fp' else 0.01)
 
 
+def test_a_model_in_bfloat16_decodes(make_model, tokens, run):
+    """Its cache was in float32, and attention refused."""
+    model, idx = make_model(linear='fp').bfloat16(), tokens(2, 5)
+    assert KVCache(model, 2).k.dtype == torch.bfloat16
+    _, _, logits = run(model, idx, 6, **GREEDY)
+    assert_near(logits[:, 0], model(idx)[0][:, -1], 0.02)
+
+
 def test_a_cache_set_back_forgets(make_model, tokens):
     """What was taken back leaves no trace: the next tokens are written over it."""
     model, idx = make_model(linear='fp'), tokens(2, 10)

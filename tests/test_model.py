@@ -299,6 +299,14 @@ def test_a9_training_uses_sampled_exits(make_model, tokens, monkeypatch):
     assert all(p.grad.any() for p in model.gates.parameters())
 
 
+@pytest.mark.parametrize('detach', [False, True])
+def test_a9_reaches_the_blocks_through_the_gates_unless_they_are_detached(make_model, tokens, detach):
+    model = make_model(gate_detach=detach).train()
+    model(tokens(), tokens())[1]['route'].backward()
+    assert all(p.grad.any() for p in model.gates.parameters())
+    assert any(p.grad is not None and p.grad.any() for p in model.blocks.parameters()) != detach
+
+
 def test_a8_counts_in_a_model_of_one_layer(make_model, tokens):
     """One layer has no early exits, but its weights are quantized all the same."""
     losses = make_model(n_layer=1, lambda_q=0.7, target_exit=0)(tokens(), tokens(seed=1))[1]

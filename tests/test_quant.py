@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 
 import quant
+from model import BitSkip, BitSkipConfig
 from quant import (BitLinear, HadamardAfter, HBitLinear, IntegerLinear, activation_quant, activation_quant_ste,
                    bit_linears, fake_quant_linear, int8_support, latent_weights, make_linear, pack_ternary, project,
                    quantization_loss, unpack_ternary, weight_ternary, weight_ternary_ste)
@@ -309,6 +310,17 @@ def test_a8_is_the_mean_over_matrices_and_treats_w_hat_as_constant():
     for W in matrices:
         assert_close(W.grad, 2 * (W - ternary_a1(W)).detach() / W.numel() / 2)
     assert model[1].weight.grad is None
+
+
+def test_a8_hardly_reaches_the_weights():
+    """The mean over all weights leaves each of them a gradient that cross-entropy drowns: Paper A's sweep of lambda_q
+    compares runs that are the same but for rounding."""
+    model = BitSkip(BitSkipConfig(vocab_size=256, block_size=64, n_head=4, n_kv_head=2, n_embd=128, ffn_dim=512))
+    _, losses = model(*torch.randint(256, (2, 4, 64)))
+    weights = [layer.weight for layer in model.linears()]
+    ce, quant = (torch.cat([grad.flatten() for grad in torch.autograd.grad(losses[name], weights, retain_graph=True)])
+                 for name in ('ce', 'quant'))
+    assert 0 < 0.2 * quant.norm() < 1e-4 * ce.norm()  # 0.2: the largest lambda_q of Table 7
 
 
 def test_a8_is_zero_without_quantized_matrices():

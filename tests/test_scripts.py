@@ -21,6 +21,7 @@ import tradeoff
 import train
 from configurator import UserError
 from decode import EXIT_MODES, Decoder
+from model import BitSkipConfig
 from quant import weight_ternary
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -75,6 +76,17 @@ def test_sample_seeds(capsys):
     a, b, c = (text_of(capsys, '--prompt=x', f'--seed={seed}').split('tokens/s')[0].rsplit(',', 1)[0]
                for seed in (1, 1, 2))
     assert a == b != c
+
+
+@pytest.mark.parametrize('flags', [['--draft_layer=1'], []], ids=['drafts', 'plain'])
+def test_sample_stops_where_the_text_ends(capsys, monkeypatch, flags):
+    """What came after the end of the text, a NUL and another text, was printed on the terminal."""
+    passes = [(torch.tensor([[97, 98]]), torch.tensor(1)), (torch.tensor([[99, 0, 100]]), torch.tensor(2)),
+              (torch.tensor([[101]]), torch.tensor(0))]
+    for name in ('stream', 'speculate'):
+        monkeypatch.setattr(sample, name, lambda *args: iter(passes))
+    out = text_of(capsys, '--prompt=x', *flags)
+    assert '\nxabc\n' in out and '5 tokens, ' in out
 
 
 def test_sample_prompt_from_file_and_stdin():
@@ -260,6 +272,15 @@ def test_a4_weight_statistics(report):
     assert [ours[key] for key in ('minus', 'sparsity', 'plus')] == pytest.approx(
         [(every == code).float().mean().item() for code in (-1, 0, 1)])
     assert ours['high_sparsity_matrices'] == sum((c == 0).sum().item() * 2 > c.numel() for c in codes)
+
+
+@pytest.mark.parametrize('settings, cell', [
+    ({}, 'Baseline'), ({'linear': 'hbitlinear'}, 'H-only'), ({'lambda_ee': 0.3}, 'EE-only'),
+    ({'linear': 'hbitlinear', 'lambda_ee': 1.0, 'n_layer': 3}, 'BitSkip (H+EE)'), ({'linear': 'fp'}, None),
+    ({'linear': 'hadamard_after'}, None), ({'norm': 'rmsnorm', 'ffn': 'swiglu', 'sub_norm': False}, None),
+    ({'act_bits': 4}, None)])
+def test_paper_a_stands_beside_its_own_cells_only(settings, cell):
+    assert eval_exits.cell_of(BitSkipConfig(**settings)) == cell
 
 
 def test_parameter_breakdown_adds_up(report):
