@@ -243,10 +243,15 @@ class BitSkip(nn.Module):
         self.skip_probabilities = skip_probabilities(
             config.n_layer, config.p_max, config.skip_schedule, config.skip_normalize, config.skip_last)
         self.is_sharded = False  # among processes, by FSDP (parallel.py)
-        cos, sin = rope_table(config.n_embd // config.n_head, config.block_size, config.rope_theta)
-        self.register_buffer('rope_cos', cos, persistent=False)
-        self.register_buffer('rope_sin', sin, persistent=False)
+        self.make_rope()
         self.init_weights()
+
+    def make_rope(self, device=None):
+        """The tables of rotary angles: buffers that no checkpoint holds."""
+        config = self.config
+        cos, sin = rope_table(config.n_embd // config.n_head, config.block_size, config.rope_theta)
+        self.register_buffer('rope_cos', cos.to(device), persistent=False)
+        self.register_buffer('rope_sin', sin.to(device), persistent=False)
 
     @torch.no_grad()
     def init_weights(self):

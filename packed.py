@@ -80,12 +80,19 @@ def packed_state(packed):
 
 
 def load_packed(config, state):
-    """The packed model that `packed_state` described, for a BitSkipConfig. RuntimeError or ValueError if it is not."""
-    head = 'int8' if 'head.codes' in state else 'fp32'
-    packed = to_ternary(BitSkip(config), head)
+    """The packed model that `packed_state` described, for a BitSkipConfig. RuntimeError or ValueError if it is not.
+
+    It is built of empty shells, into which the state's own tensors go: full precision, 20 times as large, is never
+    there."""
+    with torch.device('meta'):
+        packed = to_ternary(BitSkip(config), 'int8' if 'head.codes' in state else 'fp32')
     state = dict(state)
     for name, layer in packed.named_modules():
         if isinstance(layer, BitLinear) and f'{name}.codes' in state:
             state[f'{name}.codes'] = unpack_ternary(state[f'{name}.codes'], layer.in_features)
-    packed.load_state_dict(state)
+    for name, shell in packed.state_dict().items():
+        if name in state:
+            state[name] = state[name].to(shell.dtype)
+    packed.load_state_dict(state, assign=True)
+    packed.make_rope(next(iter(state.values())).device)  # which no state holds
     return packed

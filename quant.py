@@ -322,7 +322,7 @@ def latent_weights(model):
 #
 # The last byte of a row is filled up with zeros (digit 1).
 
-TRITS = torch.tensor([1, 3, 9, 27, 81])
+TRITS = torch.tensor([1, 3, 9, 27, 81], dtype=torch.uint8)
 
 
 def pack_ternary(codes):
@@ -341,5 +341,5 @@ def unpack_ternary(packed, k):
         raise ValueError(f'{k} columns take {-(-k // 5)} bytes a row, got {packed.shape[-1]}')
     if packed.numel() and packed.max() > 242:
         raise ValueError('not packed ternary weights: a byte is over 242')
-    digits = packed.unsqueeze(-1).int() // TRITS.to(packed.device) % 3  # (out, ceil(k/5), 5)
-    return (digits.flatten(-2)[..., :k] - 1).to(torch.int8)
+    digits = packed.unsqueeze(-1) // TRITS.to(packed.device) % 3  # (out, ceil(k/5), 5)
+    return digits.flatten(-2)[..., :k].to(torch.int8) - 1
