@@ -48,7 +48,8 @@ def ramp(kind, step, max_iters):
 
 
 def skip_probabilities(n_layer, p_max, schedule='quadratic', normalize=False, skip_last=False):
-    """Probability of skipping each block in training: list of L floats, the last one 0 without skip_last (A5, B2).
+    """Probability of skipping each block in training (stochastic depth): list of L floats, the last one 0 without
+    skip_last (A5, B2).
 
     schedule: with t = l / (L-1), p_l is p_max times t^2 ('quadratic'), t ('linear'), 2^t - 1 ('exp', as LayerSkip) or
     1 ('uniform'). normalize: scale so that they sum to 1, one skipped block per sample on average (B section 3.3),
@@ -79,7 +80,8 @@ class Adapter(nn.Module):
 
 
 class Gate(nn.Module):
-    """A6: the probability that a token leaves here: h (..., C) -> (...) in [0, 1]. No biases, as A6 is printed."""
+    """A6: the probability that a token leaves here: h (..., C) -> (...) in [0, 1]. No biases, as A6 is printed; its
+    norm is a LayerNorm without parameters."""
 
     def __init__(self, n_embd, gate_dim):
         super().__init__()
@@ -98,8 +100,8 @@ def sample_exits(p):
 def expected_exit_layer(p):
     """A9: p (..., L-1), the chance to leave at layers 0 ... L-2 when reached -> E (...), the mean layer of leaving.
 
-    Who has not left by then leaves at L-1. E is linear in each p_l, so on independent samples z ~ p it is the layer
-    that the sampled path leaves at, and its mean over them is E(p), its mean gradient that of E(p)."""
+    A token that has not left by then leaves at L-1. E is linear in each p_l, so on independent samples z ~ p it is the
+    layer that the sampled path leaves at, and its mean over them is E(p), its mean gradient that of E(p)."""
     reach = torch.cumprod(1 - p, dim=-1)  # (..., L-1): the chance to get past layer l
     return reach.sum(dim=-1)  # E[layer] = sum over l >= 0 of P(layer > l)
 

@@ -58,6 +58,7 @@ def paired(several, others):
 
 
 def ppl(loss):
+    """exp(loss), at most e^700; nan for None."""
     return math.exp(min(loss, 700)) if loss is not None else math.nan
 
 

@@ -50,22 +50,22 @@ class BitSkipConfig:
     lambda_ee: float = 0.0  # weight of the early-exit loss (A7); 0.3 where exits are trained
     ee_weighting: Literal['early', 'late'] = 'early'  # early exits count more (A4) or late ones (B6)
     ee_positions: Literal['all', 'sampled'] = 'all'  # sampled: each exit learns from its own 1/(L-1) of the tokens
-    ee_share: float = 1.0  # sampled: of so many of the tokens, in all; so do gates that foresee
+    ee_share: float = 1.0  # sampled: the share of a step's tokens that all exits together learn from; gates as well
     ee_curriculum: Literal['none', 'rotational', 'gradual'] = 'none'  # LayerSkip: exits in turn, or more and more
     ee_detach_head: bool = False  # exits do not train the shared head
     ee_distill: float = 0.0  # share of an exit's target that is the last layer's prediction instead of the next token
     ee_leave: float = 0.0  # share of tokens that leave at a random layer in training, too, as some do in decoding
     ee_adapter: int = 0  # rank of each exit's own map in front of the head; 0: none
-    exit_norm: Literal['final', 'none'] = 'final'  # exits read norm(h_l) with the final norm, or raw h_l
-    final_norm: bool = True  # False: the head reads raw h_l at full depth, too
-    p_max: float = 0.0  # layer skipping: the largest probability (A5); 0.7 in Paper A, 0.5 in Paper B
+    exit_norm: Literal['final', 'none'] = 'final'  # exits read h_l under the final norm, if there is one, or raw
+    final_norm: bool = True  # False: there is none, and the head reads raw h_l at every depth
+    p_max: float = 0.0  # layer skipping (stochastic depth): the largest probability (A5); Paper A 0.7, Paper B 0.5
     skip_schedule: Literal['quadratic', 'linear', 'exp', 'uniform'] = 'quadratic'  # growth over depth (A5)
     skip_normalize: bool = False  # scale the probabilities to sum 1, whatever p_max (Paper B, section 3.3)
     skip_last: bool = False  # the last block is skipped, too: then full depth's own loss trains the exits before it
     lambda_q: float = 0.05  # weight of the quantization loss (A8)
     lambda_r: float = 0.2  # weight of the routing loss (A9)
-    gate_loss: Literal['cost', 'agreement', 'overlap'] = 'cost'  # gates learn a mean exit (A9), or how an exit agrees
-    gate_detach: bool = False  # gates learn a mean exit without sending a gradient into the blocks, as the others do
+    gate_loss: Literal['cost', 'agreement', 'overlap'] = 'cost'  # gates learn a mean exit (A9), or foresight
+    gate_detach: bool = False  # gates learn a mean exit, too, without sending a gradient into the blocks
     target_exit: int | None = None  # l*, the mean exit layer that gates learn (A9); none: L / 2, as Paper A's 6 of 12
     gate_dim: int = 32  # inner width of the gates (A6); 0: no gates
     init_scale: float = 1.0  # experiment: of the projections' initial weights (the authors' BitLinear: 0.1)
@@ -226,6 +226,11 @@ class Block(nn.Module):
 # the model
 
 class BitSkip(nn.Module):
+    """Embedding, n_layer blocks, final norm, head; a gate, and an adapter if asked for, at every exit but the last.
+
+    `forward` maps tokens to logits at one exit and, given targets, computes the losses of A7; `hidden_states` yields
+    what each block leaves; `generate` continues a text. The weights are float32, those of the blocks' projections
+    latent: what the blocks compute with is their ternary image (quant.py)."""
 
     def __init__(self, config):
         super().__init__()
@@ -314,8 +319,8 @@ class BitSkip(nn.Module):
         if not self.training or p == 0 or past is not None:
             return block(h, rope, past)
         keep = (torch.rand(len(h)) >= p).nonzero().squeeze(1).to(h.device)  # the samples that do not skip
-        if len(keep) == 0 and self.is_sharded:  # other processes may need the weights that this one has of the block
-            block.eval()  # so run it on a sample (kernels dislike none), let dropout draw nothing, drop the result
+        if len(keep) == 0 and self.is_sharded:  # other processes may need the part of the weights that this one has
+            block.eval()  # so run the block on one sample, without dropout's random numbers, and drop the result
             nothing = block(h[:1], rope)[:0]
             block.train()
             return h.index_copy(0, keep, nothing.to(h.dtype))
@@ -371,9 +376,10 @@ class BitSkip(nn.Module):
             losses['ee'] = self.exit_loss(earlier, exit_targets.flatten(), ee_weights.tolist(), h)
         if earlier is not None and config.lambda_q:  # A8
             losses['quant'] = quantization_loss(self)
-        if earlier and config.lambda_r and self.gates:
+        if earlier and config.lambda_r and self.gates:  # A9
             losses['route'] = (self.routing_loss(earlier) if config.gate_loss == 'cost' else
                                self.agreement_loss(earlier, h))
+        # A7
         total = (losses['ce'] + config.lambda_ee * losses['ee'] + config.lambda_q * losses['quant']
                  + config.lambda_r * losses['route'])
         return {'total': total, **losses}

@@ -13,9 +13,10 @@ A6 = {'0': 254.56, '0.01': 254.27, '0.05': 259.17, '0.1': 257.29, '0.2': 251.11}
 A7 = {'0': 259.17, '0.01': 255.01, '0.05': 254.10, '0.1': 254.29, '0.2': 257.89}  # final PPL by lambda_q
 A8 = {'off, 0.7': 251.43, 'off, 0.5': 254.56, 'off, 0.2': 259.85,  # final PPL by routing and p_max
       'on, 0.7': 252.93, 'on, 0.5': 254.80, 'on, 0.2': 253.43}
-B = {'V1, phase 1': (14701.50, 4330.83, 2478.66, 1966.49), 'V1, phase 2': (None, None, 1.18, 1.13),  # PPL after 6, 12,
-     'V2, phase 1': (65109.99, 49916.51, 41969.68, 26048.98), 'V2, phase 2': (None, None, 301.67, 210.24),  # 18 and 24
-     'V3, phase 2': (None, None, 481.60, 427.94),  # blocks; Tables 3 and 4
+# PPL after 6, 12, 18 and 24 blocks (Tables 3 and 4)
+B = {'V1, phase 1': (14701.50, 4330.83, 2478.66, 1966.49), 'V1, phase 2': (None, None, 1.18, 1.13),
+     'V2, phase 1': (65109.99, 49916.51, 41969.68, 26048.98), 'V2, phase 2': (None, None, 301.67, 210.24),
+     'V3, phase 2': (None, None, 481.60, 427.94),
      'Llama3, phase 1': (12471.16, 3059.27, 1246.45, 846.34), 'Llama3, phase 2': (None, None, 1.77, 1.19)}
 B_SPREAD = {'V1': 2.2, 'V3': (1.3, 1.5)}  # standard deviation of activations: V1 after 24 blocks, V3 anywhere (B 5.3)
 CELLS = {(False, False): 'Baseline', (True, False): 'H-only', (False, True): 'EE-only', (True, True): 'BitSkip (H+EE)'}

@@ -92,7 +92,7 @@ def tradeoff(plt, scale):
     full = report['points'][report['n_layer'] - 1]['loss']
     for way, marker, color in (('fixed', 'o-', COLORS[0]), ('confidence', '^-', COLORS[2]),
                                ('saturation', 's-', COLORS[5]), ('gate', 'D-', COLORS[3]),
-                               ('foresight', ':', COLORS[3]), ('drafts', '*', 'k')):
+                               ('oracle', ':', COLORS[3]), ('drafts', '*', 'k')):
         points = sorted((p['blocks'] / report['n_layer'], math.exp(p['loss'] - full))
                         for p in report['points'] if p['way'] == way and p['knob'] != 'argmax')
         ways.plot(*zip(*points), marker, color=color, label=way)

@@ -139,7 +139,7 @@ def tradeoff(scale):
     points, n_layer = report['points'], report['n_layer']
     full = points[n_layer - 1]['loss']
     rows = []
-    for way in ('fixed', 'confidence', 'saturation', 'gate', 'foresight', 'drafts'):
+    for way in ('fixed', 'confidence', 'saturation', 'gate', 'oracle', 'drafts'):
         row = [way]
         for share in (0.5, 0.7, 0.9):
             loss = at_compute(points, way, share * n_layer)

@@ -14,7 +14,7 @@ Four ways to leave early, each with a knob, are set beside full depth:
 
 one that shows how well a gate could do:
 
-    foresight     a token is read off at the first exit whose distribution overlaps that of full depth by more than the
+    oracle        a token is read off at the first exit whose distribution overlaps that of full depth by more than the
                   threshold, or (knob 'argmax') whose likeliest token is the same; all blocks above see its full state
 
 and one that changes nothing but the time:
@@ -58,9 +58,9 @@ def measure(model, tokens, thresholds=THRESHOLDS, batch_size=16):
     n_layer = model.config.n_layer
     ways = [('fixed', layer) for layer in range(n_layer)]
     ways += [(way, t) for way in EXIT_MODES if way != 'gate' or model.gates for t in thresholds[way]]
-    foreseen = ('argmax', *thresholds['gate'])
+    knobs = ('argmax', *thresholds['gate'])
     decided = len(ways)
-    ways += [('foresight', knob) for knob in foreseen]
+    ways += [('oracle', knob) for knob in knobs]
     sums = torch.zeros(len(ways), 3, dtype=torch.float64)  # of blocks, loss, agreements
     for idx, targets in windows(tokens, model.config.block_size, batch_size):
         idx, targets = idx.to(model.device), targets.to(model.device)
@@ -76,14 +76,14 @@ def measure(model, tokens, thresholds=THRESHOLDS, batch_size=16):
                 logits = model.head(h).float()
                 row[1] += F.cross_entropy(logits, target, reduction='sum').item()
                 row[2] += (logits.argmax(dim=-1) == choice).sum().item()
-        for row, knob in zip(sums[decided:], foreseen):
-            foresight(model, all_states, targets.flatten(), knob, row)
+        for row, knob in zip(sums[decided:], knobs):
+            oracle(model, all_states, targets.flatten(), knob, row)
     sums /= len(tokens) - 1
     return [{'way': way, 'knob': knob, 'blocks': blocks, 'loss': loss, 'agreement': agreement}
             for (way, knob), (blocks, loss, agreement) in zip(ways, sums.tolist())]
 
 
-def foresight(model, states, targets, knob, row):
+def oracle(model, states, targets, knob, row):
     """Add to `row` the blocks, loss and agreements of exits that know what full depth will say."""
     flat = [h.flatten(0, 1) for h in states]
     for start in range(0, len(targets), ROWS):

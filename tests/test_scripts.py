@@ -383,7 +383,7 @@ def test_tradeoff_counts_what_decoding_does():
         assert torch.cat(losses).mean().item() == pytest.approx(point['loss'], rel=1e-3)
 
 
-def test_foresight_reads_off_the_first_exit_that_agrees():
+def test_oracle_reads_off_the_first_exit_that_agrees():
     """By its definition, token by token."""
     model, _ = checkpoint.load_checkpoint('out/run/ckpt.pt')
     idx, targets = torch.randint(256, (3, 32)), torch.randint(256, (96,))
@@ -392,7 +392,7 @@ def test_foresight_reads_off_the_first_exit_that_agrees():
         p = torch.stack([model(idx, exit_layer=layer)[0].flatten(0, 1).softmax(-1) for layer in range(4)])  # (L, N, V)
         for knob in ('argmax', 0.6):
             row = torch.zeros(3, dtype=torch.float64)
-            tradeoff.foresight(model, states, targets, knob, row)
+            tradeoff.oracle(model, states, targets, knob, row)
             alike = p.argmax(-1) == p[-1].argmax(-1) if knob == 'argmax' else torch.minimum(p, p[-1]).sum(-1) > knob
             left = [next(layer for layer in range(4) if alike[layer, n]) for n in range(96)]
             losses = [-p[layer, n, targets[n]].log().item() for n, layer in enumerate(left)]
