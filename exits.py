@@ -19,6 +19,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from quant import float_product
+
 
 def exit_weights(n_layer, weighting):
     """w_l of the exits 0 ... L-2, summing to 1: (L-1,) float32. 'early': w_l ~ L - l (A4); 'late': w_l ~ l + 1 (B6)."""
@@ -112,7 +114,8 @@ class LinearCrossEntropy(torch.autograd.Function):
     With 50,257 words and 12 exits, logits are most of the memory of a training step. But softmax needs only its own
     row, so rows are done a chunk at a time, and the gradient (softmax - target) is used up at once, in forward."""
 
-    CHUNK = 2 ** 25  # logits at a time: 128 MiB in float32
+    CHUNK = 2 ** 25  # logits at a time, at most: 128 MiB in float32
+    ROWS = 2 ** 12  # and rows: what stays in the cache is quicker to go over again
 
     @staticmethod
     def forward(ctx, h, w, targets, weights, teacher, distill, needs_h, needs_w):
@@ -121,27 +124,29 @@ class LinearCrossEntropy(torch.autograd.Function):
         w_cast = w.to(dtype)
         total = torch.zeros((), device=h.device)
         grad_h, grad_w = torch.empty_like(h) if needs_h else None, torch.zeros_like(w) if needs_w else None
-        rows = max(1, LinearCrossEntropy.CHUNK // len(w))
+        rows = max(1, min(LinearCrossEntropy.ROWS, LinearCrossEntropy.CHUNK // len(w)))
         for start in range(0, len(h), rows):
             chunk = slice(start, start + rows)
             h_cast, target, weight = h[chunk].to(dtype), targets[chunk, None], weights[chunk, None]
-            logits = (h_cast @ w_cast.t()).float()  # (rows, V)
-            log_z = logits.logsumexp(dim=-1, keepdim=True)
-            log_p = logits.sub_(log_z)
-            total -= (log_p.gather(1, target) * weight).sum() * (1 - distill)
+            logits = float_product(h_cast, w_cast.t()).float()  # (rows, V)
+            wanted = logits.gather(1, target) * (1 - distill)  # the target's mean logit, (rows, 1)
             if distill:
-                soft = (teacher[chunk].to(dtype) @ w_cast.t()).float().softmax(dim=-1).mul_(distill)
-                total -= (log_p * soft).sum(dim=-1).dot(weight.squeeze(1))
+                soft = float_product(teacher[chunk].to(dtype), w_cast.t()).float().softmax(dim=-1).mul_(distill)
+                wanted += (soft * logits).sum(dim=-1, keepdim=True)
+            top = logits.amax(dim=-1, keepdim=True)
+            exps = logits.sub_(top).exp_()
+            Z = exps.sum(dim=-1, keepdim=True)
+            total += ((top + Z.log() - wanted) * weight).sum()  # CE = log sum_v exp(logit_v) - the target's mean logit
             if needs_h or needs_w:
-                grad = log_p.exp_()  # softmax...
-                grad.scatter_add_(1, target, torch.full_like(weight, distill - 1))  # ...minus the target: dCE/dlogits
+                grad = exps.mul_(weight / Z)  # the softmax...
+                grad.scatter_add_(1, target, weight * (distill - 1))  # ...minus the target is dCE/dlogits
                 if distill:
-                    grad -= soft
-                grad = grad.mul_(weight).to(dtype)
+                    grad -= soft.mul_(weight)
+                grad = grad.to(dtype)
                 if needs_h:
-                    grad_h[chunk] = grad @ w_cast
+                    grad_h[chunk] = float_product(grad, w_cast)
                 if needs_w:
-                    grad_w += grad.t() @ h_cast
+                    grad_w += float_product(grad.t(), h_cast)
         ctx.save_for_backward(grad_h, grad_w)
         return total
 
