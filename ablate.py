@@ -34,6 +34,9 @@ from quant import bit_linears, latent_weights
 from runtime import commit, keep_freed_memory, machine, pick_device
 
 
+COMMIT = commit()  # of the code that this process has loaded
+
+
 @dataclass(frozen=True)
 class Run:
     """One training: a cell's arguments, a learning rate (None: the config's own) and a seed, at a scale, from scratch
@@ -117,7 +120,7 @@ def do(run, compile):
     except train.Diverged as diverged:
         print(diverged)
         measured = {'exits': [], 'diverged': str(diverged)}
-    result = {'command': f'python train.py {" ".join(command)}', 'commit': commit(), 'machine': machine(), **measured}
+    result = {'command': f'python train.py {" ".join(command)}', 'commit': COMMIT, 'machine': machine(), **measured}
     with checkpoint.atomic_write(run.path, 'w') as file:
         json.dump(result, file, indent=1)
     return True
