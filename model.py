@@ -64,7 +64,7 @@ class BitSkipConfig:
     skip_last: bool = False  # the last block is skipped, too: then full depth's own loss trains the exits before it
     lambda_q: float = 0.05  # weight of the quantization loss (A8)
     lambda_r: float = 0.2  # weight of the routing loss (A9)
-    gate_loss: Literal['cost', 'agreement', 'overlap'] = 'cost'  # gates learn a mean exit (A9), or foresight
+    gate_loss: Literal['cost', 'agreement', 'overlap', 'divergence'] = 'cost'  # what gates learn: A9, or foresight
     gate_detach: bool = False  # gates learn a mean exit, too, without sending a gradient into the blocks
     target_exit: int | None = None  # l*, the mean exit layer that gates learn (A9); none: L / 2, as Paper A's 6 of 12
     gate_dim: int = 32  # inner width of the gates (A6); 0: no gates
@@ -378,7 +378,7 @@ class BitSkip(nn.Module):
             losses['quant'] = quantization_loss(self)
         if earlier and config.lambda_r and self.gates:  # A9
             losses['route'] = (self.routing_loss(earlier) if config.gate_loss == 'cost' else
-                               self.agreement_loss(earlier, h))
+                               self.foresight_loss(earlier, h))
         # A7
         total = (losses['ce'] + config.lambda_ee * losses['ee'] + config.lambda_q * losses['quant']
                  + config.lambda_r * losses['route'])
@@ -422,30 +422,37 @@ class BitSkip(nn.Module):
         E = expected_exit_layer(sample_exits(p) if self.training else p).mean()
         return (E - self.config.target_exit).square()
 
-    def agreement_loss(self, states, last):
-        """What a gate can know and A9 does not ask: how far the exit already agrees with the last layer (`agreement`).
-        'agreement': 1 if their likeliest tokens are the same, else 0. 'overlap': sum_x min(p_exit(x), p_last(x)), which
-        is the chance that full depth accepts a token drawn at the exit (speculate.py).
+    def foresight_loss(self, states, last):
+        """What a gate can know and A9 does not ask: how far its exit is from what full depth will say, by gate_loss
+        (see `distance`). states: L-1 of (B, T, C); last (B, T, C): what the head reads at the last layer. Scalar.
 
-        Binary cross-entropy, each gate on its own random share of the tokens; it trains the gates and nothing else."""
+        'agreement' and 'overlap' are binary cross-entropy, -a log p - (1 - a) log(1 - p), least for p = E a. For
+        'divergence' p stands for e^-D, so that a token leaves where D < -log(threshold), and the loss D - KL log D is
+        least for D = E KL. Each gate has its own random share of the tokens, and nothing but gates is trained."""
         shares = self.deal(last[..., 0], len(states))
         losses = []
         for layer, (h, share) in enumerate(zip(states, shares)):
             h, there = h.detach().flatten(0, 1)[share], last.detach().flatten(0, 1)[share]
             chunks = zip(h.split(512), there.split(512))  # rows whose logits are there at a time
-            target = torch.cat([self.agreement(self.exit_state(a, layer), b) for a, b in chunks])
+            a = torch.cat([self.distance(self.exit_state(rows, layer), full) for rows, full in chunks])
             p = self.gates[layer](h).clamp(1e-6, 1 - 1e-6)
-            cross_entropy = -(target * p.log() + (1 - target) * (1 - p).log())
-            losses.append(cross_entropy.sum() / max(1, len(share)))
+            D = -p.log()
+            loss = D - a * D.log() if self.config.gate_loss == 'divergence' else a * D - (1 - a) * (1 - p).log()
+            losses.append(loss.sum() / max(1, len(share)))
         return torch.stack(losses).mean()
 
     @torch.no_grad()
-    def agreement(self, here, there):
-        """How far the head says the same of two states, (N, C) each, as gate_loss has it: (N,) float32, 0 to 1."""
-        here, there = self.head(here).float(), self.head(there).float()  # (N, V)
+    def distance(self, here, there):
+        """What a gate is asked about two states that the head reads, (N, C) each, at its exit and at full depth: (N,)
+        float32. 'agreement': 1 if their likeliest tokens are the same, else 0. 'overlap': sum_x min(p_exit(x),
+        p_full(x)), the chance that full depth accepts a token drawn at the exit (speculate.py). 'divergence':
+        KL(p_full || p_exit), the loss that leaving here is expected to add, in nats."""
+        here, there = (self.head(h).float().log_softmax(dim=-1) for h in (here, there))  # (N, V)
         if self.config.gate_loss == 'agreement':
             return (here.argmax(dim=-1) == there.argmax(dim=-1)).float()
-        return torch.minimum(here.softmax(dim=-1), there.softmax(dim=-1)).sum(dim=-1)
+        if self.config.gate_loss == 'overlap':
+            return torch.minimum(here, there).exp().sum(dim=-1)
+        return (there.exp() * (there - here)).sum(dim=-1).clamp(min=0)
 
     def gate_probabilities(self, states):
         """A6 at every exit: list of (B, T, C) -> (B, T, L-1)."""

@@ -654,18 +654,22 @@ def test_adapters_change_only_the_exits_and_start_as_nothing(make_model, tokens)
         assert torch.equal(adapted(idx, exit_layer=layer)[0], plain(idx, exit_layer=layer)[0]) == (layer == 2)
 
 
-@pytest.mark.parametrize('kind', ['agreement', 'overlap'])
-def test_agreement_loss_is_cross_entropy_with_agreement(make_model, tokens, kind):
+@pytest.mark.parametrize('kind', ['agreement', 'overlap', 'divergence'])
+def test_foresight_loss_is_the_formula(make_model, tokens, kind):
     """With every token dealt to the one gate of two layers it is BCE(p, exit's argmax == last argmax), or with the
-    probability that both exits share; it trains the gates and nothing else."""
+    probability that both exits share, or D - KL log D; it trains the gates and nothing else."""
     model = make_model(n_layer=2, gate_loss=kind, lambda_r=1.0, target_exit=0)
     idx = tokens(4, 16)
     first, last = model.hidden_states(idx)
     here, there = model(idx, exit_layer=0)[0].detach(), model(idx)[0].detach()
-    agrees = {'agreement': (here.argmax(-1) == there.argmax(-1)).float(),
-              'overlap': 1 - (here.softmax(-1) - there.softmax(-1)).abs().sum(-1) / 2}[kind]
-    assert 0.1 < agrees.mean() < 0.9
-    expected = torch.nn.functional.binary_cross_entropy(model.gates[0](first), agrees)
+    asked = {'agreement': (here.argmax(-1) == there.argmax(-1)).float(),
+             'overlap': 1 - (here.softmax(-1) - there.softmax(-1)).abs().sum(-1) / 2,
+             'divergence': F.kl_div(here.log_softmax(-1), there.log_softmax(-1), reduction='none',
+                                    log_target=True).sum(-1)}[kind]
+    assert 0.1 < asked.mean() < 0.9
+    p = model.gates[0](first)
+    expected = (F.binary_cross_entropy(p, asked) if kind != 'divergence' else
+                (-p.log() - asked * (-p.log()).log()).mean())
     loss = losses_of(model, idx, idx)['route']
     torch.testing.assert_close(loss, expected)
     loss.backward()
