@@ -23,9 +23,10 @@ from quant import float_product
 
 
 def exit_weights(n_layer, weighting):
-    """w_l of the exits 0 ... L-2, summing to 1: (L-1,) float32. 'early': w_l ~ L - l (A4); 'late': w_l ~ l + 1 (B6)."""
+    """w_l of the exits 0 ... L-2, summing to 1: (L-1,) float32. 'early': w_l ~ L - l (A4); 'late': w_l ~ l + 1 (B6);
+    'uniform': all the same."""
     layers = torch.arange(n_layer - 1, dtype=torch.float32)
-    weights = {'early': n_layer - layers, 'late': layers + 1}[weighting]
+    weights = {'early': n_layer - layers, 'late': layers + 1, 'uniform': torch.ones_like(layers)}[weighting]
     return weights / weights.sum()
 
 

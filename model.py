@@ -48,7 +48,7 @@ class BitSkipConfig:
     rope_theta: float = 10000.0  # base of the rotary frequencies
     dropout: float = 0.0  # on attention weights and residual branches
     lambda_ee: float = 0.0  # weight of the early-exit loss (A7); 0.3 where exits are trained
-    ee_weighting: Literal['early', 'late'] = 'early'  # early exits count more (A4) or late ones (B6)
+    ee_weighting: Literal['early', 'late', 'uniform'] = 'early'  # early exits count more (A4), late ones (B6), or none
     ee_positions: Literal['all', 'sampled'] = 'all'  # sampled: each exit learns from its own 1/(L-1) of the tokens
     ee_share: float = 1.0  # sampled: the share of a step's tokens that all exits together learn from; gates as well
     ee_curriculum: Literal['none', 'rotational', 'gradual'] = 'none'  # LayerSkip: exits in turn, or more and more

@@ -17,7 +17,7 @@ from exits import (Adapter, Gate, LinearCrossEntropy, curriculum_weights, exit_w
 
 @pytest.mark.parametrize('L, weighting, ratios', [(4, 'early', [4, 3, 2]), (4, 'late', [1, 2, 3]),
                                                   (12, 'early', range(12, 1, -1)), (12, 'late', range(1, 12)),
-                                                  (2, 'early', [1]), (2, 'late', [1])])
+                                                  (2, 'early', [1]), (2, 'late', [1]), (5, 'uniform', [1, 1, 1, 1])])
 def test_a4_b6_exit_weights(L, weighting, ratios):
     """w_l is proportional to L - l (A4) or to l + 1 (B6) at the exits 0 ... L-2, and sums to 1."""
     assert_close(exit_weights(L, weighting), torch.tensor([r / sum(ratios) for r in ratios]))
