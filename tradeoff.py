@@ -9,13 +9,15 @@ Four ways to leave early, each with a knob, are set beside full depth:
     fixed         every token leaves after block k
     confidence    a token leaves where the likeliest next token has a probability over the threshold (CALM)
     saturation    a token leaves where the last block has changed its state little, cos(h_l, h_(l-1)) over the threshold
-    gate          a token leaves where its gate says so (A6); gates that learned to foresee how far the exit agrees with
-                  the last layer (gate_loss='agreement', 'overlap') can know, those trained for a mean depth (A9) cannot
+    gate          a token leaves where its gate says so (A6); gates that learned to foresee how far the exit is from the
+                  last layer (gate_loss='agreement', 'overlap', 'divergence') can know, those that learned a mean depth
+                  (A9) cannot
 
-one that shows how well a gate could do:
+one that shows how well any rule could do that does not know the next token:
 
-    oracle        a token is read off at the first exit whose distribution overlaps that of full depth by more than the
-                  threshold, or (knob 'argmax') whose likeliest token is the same; all blocks above see its full state
+    oracle        a token is read off at the exit l with the least KL(p_full || p_l) + knob * (l + 1), which is the loss
+                  that leaving there is expected to add and the price of its blocks; all blocks above see its full
+                  state. Knob 'argmax': at the first exit whose likeliest token is that of full depth
 
 and one that changes nothing but the time:
 
@@ -30,8 +32,10 @@ With drafts more blocks are run than without, but several tokens go through a bl
 as one waits for them, (n (k + 1) + L) / (tokens a pass) with n drafts a pass.
 """
 import json
+import math
 import os
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -39,68 +43,107 @@ import torch.nn.functional as F
 
 import checkpoint
 from configurator import configure, run
-from decode import EXIT_MODES, exit_states
+from decode import EXIT_MODES, exit_score, exit_states
 from eval_exits import load_run, measure_speculation, perplexity, table, windows
 from native import fast_decoder
 from runtime import commit, machine
 
 ROWS = 512  # logits of so many tokens at a time
-THRESHOLDS = {'gate': (0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95),
-              'confidence': (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95),
-              'saturation': (0.96, 0.97, 0.975, 0.98, 0.985, 0.99, 0.9925, 0.995)}
+SHARES = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)  # of the blocks: what the knobs are set to
 
 
 @torch.no_grad()
-def measure(model, tokens, thresholds=THRESHOLDS, batch_size=16):
-    """Every knob's every setting over all of `tokens` (uint16): a list of dicts with way, knob, blocks, loss (nats per
-    token) and agreement (a share)."""
+def measure(model, tokens, shares=SHARES, batch_size=16):
+    """Every way at about these shares of the blocks, over all of `tokens` (uint16): a list of dicts with way, knob,
+    blocks (the mean), loss (nats per token) and agreement (a share). First the fixed exits, in their order."""
     model.eval()
     n_layer = model.config.n_layer
-    ways = [('fixed', layer) for layer in range(n_layer)]
-    ways += [(way, t) for way in EXIT_MODES if way != 'gate' or model.gates for t in thresholds[way]]
-    knobs = ('argmax', *thresholds['gate'])
-    decided = len(ways)
-    ways += [('oracle', knob) for knob in knobs]
-    sums = torch.zeros(len(ways), 3, dtype=torch.float64)  # of blocks, loss, agreements
-    for idx, targets in windows(tokens, model.config.block_size, batch_size):
-        idx, targets = idx.to(model.device), targets.to(model.device)
-        all_states = list(model.hidden_states(idx))
-        full = torch.cat([model.head(h).argmax(dim=-1) for h in model.norm(all_states[-1]).flatten(0, 1).split(ROWS)])
-        for row, (way, knob) in zip(sums, ways[:decided]):
-            if way == 'fixed':
-                states, layers = model.exit_state(all_states[knob], knob), torch.full_like(idx, knob)
-            else:
-                states, layers = exit_states(model, idx, way, knob)
-            row[0] += (layers + 1).sum().item()
-            for h, target, choice in zip(*(x.split(ROWS) for x in (states.flatten(0, 1), targets.flatten(), full))):
-                logits = model.head(h).float()
-                row[1] += F.cross_entropy(logits, target, reduction='sum').item()
-                row[2] += (logits.argmax(dim=-1) == choice).sum().item()
-        for row, knob in zip(sums[decided:], knobs):
-            oracle(model, all_states, targets.flatten(), knob, row)
-    sums /= len(tokens) - 1
-    return [{'way': way, 'knob': knob, 'blocks': blocks, 'loss': loss, 'agreement': agreement}
-            for (way, knob), (blocks, loss, agreement) in zip(ways, sums.tolist())]
+    ways = [way for way in EXIT_MODES if way != 'gate' or model.gates]
+    batches = [(idx.to(model.device), targets.to(model.device))
+               for idx, targets in windows(tokens, model.config.block_size, batch_size)]
+    seen = [look_at_exits(model, idx, targets, ways) for idx, targets in batches]
+    loss, divergence, choice = (torch.cat([batch[name] for batch in seen]) for name in ('loss', 'divergence', 'choice'))
+
+    def read_off(way, knob, layers):
+        """A point whose tokens are read off at `layers` (N,), all blocks having run."""
+        at = layers[:, None]
+        return {'way': way, 'knob': knob, 'blocks': (layers + 1).double().mean().item(),
+                'loss': loss.gather(1, at).double().mean().item(),
+                'agreement': (choice.gather(1, at).squeeze(1) == choice[:, -1]).double().mean().item()}
+    points = [read_off('fixed', layer, torch.full((len(loss),), layer)) for layer in range(n_layer)]
+    cheapest = partial(cheapest_exit, divergence)
+    for share in shares:
+        price = knob_for(cheapest, share * n_layer, sign=-1)
+        points.append(read_off('oracle', price, cheapest(price)))
+    points.append(read_off('oracle', 'argmax', first(choice == choice[:, -1:])))
+    for way in ways:
+        ready = partial(first_over, torch.cat([batch[way] for batch in seen]))
+        for threshold in dict.fromkeys(knob_for(ready, share * n_layer) for share in shares):
+            points.append(follow(model, batches, way, threshold, choice[:, -1]))
+    return points
 
 
-def oracle(model, states, targets, knob, row):
-    """Add to `row` the blocks, loss and agreements of exits that know what full depth will say."""
-    flat = [h.flatten(0, 1) for h in states]
-    for start in range(0, len(targets), ROWS):
-        chunk = slice(start, start + ROWS)
-        full = model.head(model.norm(flat[-1][chunk])).float()
-        inside = torch.ones_like(targets[chunk], dtype=torch.bool)
-        for layer, h in enumerate(flat):
-            logits = model.head(model.exit_state(h[chunk], layer)).float()
-            if knob == 'argmax':
-                ready = logits.argmax(dim=-1) == full.argmax(dim=-1)
-            else:
-                ready = torch.minimum(logits.softmax(dim=-1), full.softmax(dim=-1)).sum(dim=-1) > knob
-            leaving = inside & (ready | (layer == len(flat) - 1))
-            row[0] += (layer + 1) * leaving.sum().item()
-            row[1] += F.cross_entropy(logits[leaving], targets[chunk][leaving], reduction='sum').item()
-            row[2] += (logits.argmax(dim=-1) == full.argmax(dim=-1))[leaving].sum().item()
-            inside &= ~leaving
+def look_at_exits(model, idx, targets, ways):
+    """What every exit says of every token of idx and targets (B, T), all blocks having run: dict of (N, L) tensors on
+    the CPU, N = B T: loss in nats, divergence KL(p_full || p_l), choice (the likeliest token), and for each of `ways`
+    the score that decides (infinite at the last layer, where all leave)."""
+    states = list(model.hidden_states(idx))
+    seen = {name: [] for name in ('loss', 'divergence', 'choice', *ways)}
+    for rows in torch.arange(idx.numel(), device=idx.device).split(ROWS):
+        flat = [h.flatten(0, 1)[rows] for h in (model.embedding(idx), *states)]
+        log_p = torch.stack([model.head(model.exit_state(h, layer)).float().log_softmax(dim=-1)
+                             for layer, h in enumerate(flat[1:])], dim=1)  # (rows, L, V)
+        target = targets.flatten()[rows]
+        seen['loss'].append(-log_p[torch.arange(len(rows)), :, target])
+        seen['divergence'].append((log_p[:, -1:].exp() * (log_p[:, -1:] - log_p)).sum(dim=-1))
+        seen['choice'].append(log_p.argmax(dim=-1))
+        for way in ways:
+            scores = [exit_score(model, h, before, layer, way)
+                      for layer, (before, h) in enumerate(zip(flat[:-2], flat[1:-1]))]
+            seen[way].append(torch.stack([*scores, torch.full(target.shape, math.inf, device=idx.device)], dim=1))
+    return {name: torch.cat(parts).cpu() for name, parts in seen.items()}
+
+
+def first(ready):
+    """The first layer that is ready, or the last layer: (N, L) bool -> (N,) int64."""
+    return torch.cat((ready[:, :-1], torch.ones(len(ready), 1, dtype=torch.bool)), dim=1).int().argmax(dim=1)
+
+
+def first_over(scores, threshold):
+    """Where tokens leave by their scores (N, L): (N,) int64."""
+    return first(scores > threshold)
+
+
+def cheapest_exit(divergence, price):
+    """The exit at which divergence (N, L), in nats, and the price of the blocks before it are least: (N,) int64."""
+    return (divergence + price * torch.arange(1, divergence.shape[1] + 1)).argmin(dim=1)
+
+
+def knob_for(layers_at, blocks, sign=1):
+    """The knob in 0 ... 1 at which the layers that it leads to, layers_at(knob) (N,), come nearest to so many blocks in
+    the mean; with it blocks grow (sign 1) or shrink (sign -1)."""
+    low, high = 0.0, 1.0
+    for _ in range(30):
+        knob = (low + high) / 2
+        too_deep = (layers_at(knob) + 1).double().mean().item() > blocks
+        low, high = (low, knob) if too_deep == (sign > 0) else (knob, high)
+    return knob
+
+
+def follow(model, batches, way, threshold, full):
+    """The point of tokens that leave by a rule, as in decoding: those behind them meet the states that they left with.
+    full (N,): the choice of full depth."""
+    sums, start = torch.zeros(3, dtype=torch.float64), 0
+    for idx, targets in batches:
+        states, layers = exit_states(model, idx, way, threshold)
+        sums[0] += (layers + 1).sum().item()
+        for h, target in zip(states.flatten(0, 1).split(ROWS), targets.flatten().split(ROWS)):
+            logits = model.head(h).float()
+            sums[1] += F.cross_entropy(logits, target, reduction='sum').item()
+            sums[2] += (logits.argmax(dim=-1).cpu() == full[start:start + len(h)]).sum().item()
+            start += len(h)
+    blocks, loss, agreement = (sums / len(full)).tolist()
+    return {'way': way, 'knob': threshold, 'blocks': blocks, 'loss': loss, 'agreement': agreement}
 
 
 def measure_drafts(model, tokens):
@@ -130,7 +173,7 @@ def at_compute(points, way, blocks, what='loss'):
 
 def print_points(points, n_layer):
     full = next(p['loss'] for p in points if p['way'] == 'fixed' and p['knob'] == n_layer - 1)
-    table('Quality against compute', ['way', 'layer, threshold', 'blocks', 'PPL', 'of full depth', 'same choice'],
+    table('Quality against compute', ['way', 'layer or knob', 'blocks', 'PPL', 'of full depth', 'same choice'],
           [[p['way'], p['knob'], p['blocks'], perplexity(p['loss']), perplexity(p['loss'] - full), p['agreement']]
            for p in points])
     for way in dict.fromkeys(p['way'] for p in points):

@@ -369,10 +369,12 @@ def test_tradeoff_counts_what_decoding_does():
     for weight in model.gates.parameters():  # as they were trained, they are of one opinion on all tokens
         torch.nn.init.normal_(weight)
     tokens = load_tokens('data/text-bytes', 'val')
-    points = tradeoff.measure(model, tokens, {'gate': (0.4,), 'confidence': (0.4,), 'saturation': (0.9,)})
-    for point in [p for p in points if p['way'] in EXIT_MODES]:
+    points = tradeoff.measure(model, tokens, shares=(0.6,))
+    points = [p for p in points if p['way'] in EXIT_MODES]
+    assert [p['way'] for p in points] == list(EXIT_MODES)
+    for point in points:
         blocks, losses, way = 0, [], point['way']
-        assert 1.1 < point['blocks'] < 3.9
+        assert 1.9 < point['blocks'] < 2.9
         for idx, targets in eval_exits.windows(tokens, 32, 8):
             decoder = Decoder(model, len(idx))
             for token, target in zip(idx.split(1, dim=1), targets.t()):
@@ -383,22 +385,29 @@ def test_tradeoff_counts_what_decoding_does():
         assert torch.cat(losses).mean().item() == pytest.approx(point['loss'], rel=1e-3)
 
 
-def test_oracle_reads_off_the_first_exit_that_agrees():
-    """By its definition, token by token."""
+def test_the_oracle_knows_full_depth_and_no_more(monkeypatch):
+    """By its definition, token by token: it weighs what leaving is expected to add against the price of the blocks."""
     model, _ = checkpoint.load_checkpoint('out/run/ckpt.pt')
-    idx, targets = torch.randint(256, (3, 32)), torch.randint(256, (96,))
+    tokens = torch.randint(256, (97,)).numpy().astype('uint16')
+    points = [p for p in tradeoff.measure(model, tokens, shares=(0.4, 0.7)) if p['way'] == 'oracle']
+    (idx, targets), = eval_exits.windows(tokens, 32, 16)
     with torch.no_grad():
-        states = list(model.hidden_states(idx))
         p = torch.stack([model(idx, exit_layer=layer)[0].flatten(0, 1).softmax(-1) for layer in range(4)])  # (L, N, V)
-        for knob in ('argmax', 0.6):
-            row = torch.zeros(3, dtype=torch.float64)
-            tradeoff.oracle(model, states, targets, knob, row)
-            alike = p.argmax(-1) == p[-1].argmax(-1) if knob == 'argmax' else torch.minimum(p, p[-1]).sum(-1) > knob
-            left = [next(layer for layer in range(4) if alike[layer, n]) for n in range(96)]
-            losses = [-p[layer, n, targets[n]].log().item() for n, layer in enumerate(left)]
-            same = [(p[layer, n].argmax() == p[-1, n].argmax()).item() for n, layer in enumerate(left)]
-            assert 0 < left.count(3) < 96
-            assert row.tolist() == pytest.approx([sum(left) + 96, sum(losses), sum(same)], rel=1e-4)
+    for point in points:
+        left = []
+        for n in range(96):
+            if point['knob'] == 'argmax':
+                costs = [float(p[layer, n].argmax() != p[-1, n].argmax()) for layer in range(4)]
+            else:
+                costs = [(p[-1, n] * (p[-1, n] / p[layer, n]).log()).sum().item() + point['knob'] * (layer + 1)
+                         for layer in range(4)]
+            left.append(costs.index(min(costs)))
+        losses = [-p[layer, n, targets.flatten()[n]].log().item() for n, layer in enumerate(left)]
+        same = [(p[layer, n].argmax() == p[-1, n].argmax()).item() for n, layer in enumerate(left)]
+        assert len(set(left)) > 1
+        assert [point[name] for name in ('blocks', 'loss', 'agreement')] == pytest.approx(
+            [sum(left) / 96 + 1, sum(losses) / 96, sum(same) / 96], rel=1e-4)
+    assert [p['blocks'] for p in points[:2]] == pytest.approx([1.6, 2.8], abs=0.2)
 
 
 def test_tradeoff_of_drafts_is_exact_and_counts_the_blocks_one_waits_for(points):
