@@ -138,7 +138,8 @@ def measure(path):
         with latent_weights(model):
             latent = evaluate(model, tokens)[-1]
     std, gates = activation_and_gate_statistics(model, tokens)
-    exits_are_trained = settings['lambda_ee'] or settings['freeze']
+    has_exits = settings['lambda_ee'] or settings['freeze']
+    ways = tradeoff.measure(model, tokens[:2 ** 15 + 1], shares=(0.5, 0.7, 0.9)) if has_exits else None
     log = [json.loads(line) for line in (Path(path).parent / 'log.jsonl').read_text().splitlines()]
     return {'minutes': round(progress['seconds'] / 60, 1), 'steps': progress['iter'],
             'tokens': progress['iter'] * settings['batch_size'] * settings['gradient_accumulation_steps']
@@ -147,7 +148,7 @@ def measure(path):
             'unshifted': evaluate(model, tokens, unshifted=True)[-1] if model.config.unshifted == 'all' else None,
             'weights': weight_statistics(model), 'histogram': weight_histogram(model),
             'activation_std': std, 'gates': gates,
-            'ways': tradeoff.measure(model, tokens[:2 ** 15 + 1], shares=(0.5, 0.7, 0.9)) if exits_are_trained else None,
+            'ways': ways,
             'train': [[e['iter'], round(e['ce'], 4)] for e in log if 'ce' in e],
             'val': [[e['iter'], round(e['val_loss'], 4)] for e in log if 'val_loss' in e]}
 
