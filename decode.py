@@ -272,7 +272,13 @@ def exit_states(model, idx, mode, threshold):
         if layer < last:
             leaving = inside & (exit_score(model, h, before, layer, mode) > threshold)
             layers[leaving], inside = layer, inside & ~leaving
-    out = torch.empty_like(h)
+    return read_off(model, h, layers), layers
+
+
+def read_off(model, h, layers):
+    """What the head reads of states (B, T, C) that left at `layers` (B, T): (B, T, C)."""
+    out = torch.zeros_like(h)
     for layer in layers.unique().tolist():
-        out[layers == layer] = model.exit_state(h[layers == layer], layer)
-    return out, layers
+        rows = (layers == layer).nonzero(as_tuple=True)
+        out = out.index_put(rows, model.exit_state(h[rows], layer).to(h.dtype))
+    return out

@@ -282,10 +282,12 @@ class BitSkip(nn.Module):
         ee_weights (L-1,) float32: the w_l of A4 in this step (default: those of ee_weighting; 0 turns an exit off).
         ValueError if exit_layer is not a layer, or the tokens do not fit into block_size."""
         last = self.require_layer(exit_layer)
+        leaves = self.leave_at_random(idx) if self.training and self.config.ee_leave else None
         states = []
-        for h in self.hidden_states(idx, last, cache):
+        for h in self.hidden_states(idx, last, cache, leaves):
             states = [h] if targets is None else states + [h]  # only the losses need them all
-        h = self.exit_state(states.pop(), last)
+        h = states.pop()
+        h = self.exit_state(h, last) if leaves is None else decode.read_off(self, h, leaves.squeeze(-1))
         losses = None
         if targets is not None:
             exit_targets = targets if self.config.unshifted == 'none' else idx
@@ -293,8 +295,9 @@ class BitSkip(nn.Module):
             losses = self.losses(h, targets, exit_targets, states if exit_layer is None else None, ee_weights)
         return self.head(h) if return_logits else None, losses
 
-    def hidden_states(self, idx, last=None, cache=None):
-        """Yield h_0 ... h_last, each (B, T, C): the states after each block, before any final norm."""
+    def hidden_states(self, idx, last=None, cache=None, leaves=None):
+        """Yield h_0 ... h_last, each (B, T, C): the states after each block, before any final norm. Tokens keep the
+        state that they leave with, if it is told at which layer they do: leaves (B, T, 1) int64."""
         last = self.require_layer(last)
         start = cache.length if cache is not None else 0
         T = idx.shape[1]
@@ -302,7 +305,6 @@ class BitSkip(nn.Module):
             raise ValueError(f'{start + T} tokens do not fit into block_size={self.config.block_size}')
         rope = self.rope(start, T)
         h = self.dropout(self.embedding(idx))
-        leaves = self.leave_at_random(idx) if self.training and self.config.ee_leave else None
         for layer in range(last + 1):
             past = cache.layer(layer) if cache is not None else None
             before, h = h, self.run_block(layer, h, rope, past)

@@ -676,17 +676,18 @@ def test_foresight_loss_is_the_formula(make_model, tokens, kind):
     assert {name.split('.')[0] for name, p in model.named_parameters() if p.grad is not None} == {'gates'}
 
 
-def test_tokens_that_leave_in_training_are_those_of_decoding(make_model, tokens, monkeypatch):
-    """Their states above are frozen, and later tokens attend to these, as decode.exit_states has it; evaluation knows
-    nothing of it, and about the share asked for leaves."""
-    model, idx = make_model(linear='fp', n_layer=4, ee_leave=0.5), tokens(4, 16)
+@pytest.mark.parametrize('exits', [{}, {'exit_norm': 'none'}, {'ee_adapter': 4}], ids=str)
+def test_tokens_that_leave_in_training_are_those_of_decoding(make_model, tokens, monkeypatch, exits):
+    """Their states above are frozen, later tokens attend to these, and they are read off as at their exit, all as
+    decode.exit_states has it; evaluation knows nothing of it, and about the share asked for leaves."""
+    model, idx = make_model(linear='fp', n_layer=4, ee_leave=0.5, **exits), tokens(4, 16)
     plain = list(model.hidden_states(idx))
     monkeypatch.setattr(model, 'leave_at_random', lambda idx: layers[..., None])
     layers = decode.exit_states(model, idx, 'confidence', 0.2)[1]
     assert len(layers.unique()) > 2
     model.train()
-    *_, h = model.hidden_states(idx)
-    torch.testing.assert_close(model.norm(h), decode.exit_states(model, idx, 'confidence', 0.2)[0])
+    logits = model(idx)[0]
+    torch.testing.assert_close(logits, model.head(decode.exit_states(model, idx, 'confidence', 0.2)[0]))
     monkeypatch.undo()
     model.eval()
     assert all(map(torch.equal, model.hidden_states(idx), plain))
