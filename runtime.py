@@ -1,10 +1,11 @@
 """
-The machine under a run: device, precision, memory, its description, and where its metrics show.
+The machine under a run: device, precision, memory, its description, interrupts, and where its metrics show.
 """
 import contextlib
 import ctypes
 import os
 import platform
+import signal
 import subprocess
 import sys
 
@@ -75,6 +76,41 @@ def machine():
         model = names[0] if names else model
     cpu = f'{model}, {torch.get_num_threads()} threads'
     return f'{torch.cuda.get_device_name() if torch.cuda.is_available() else cpu}, torch {torch.__version__}'
+
+
+class Interrupts:
+    """with Interrupts() as interrupts: Ctrl-C and SIGTERM raise KeyboardInterrupt in here, except inside
+    `with interrupts.held():`, where they wait until it ends. Of several processes (together=True) none stops alone in
+    the middle of what they compute together: they wait until `agree` is called, by all, and raises it in all."""
+
+    def __init__(self, together=False):
+        self.holding, self.pending = int(together), False
+
+    def __enter__(self):
+        self.before = {number: signal.signal(number, self.handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def handle(self, *_):
+        if not self.holding:
+            raise KeyboardInterrupt
+        self.pending = True
+
+    @contextlib.contextmanager
+    def held(self):
+        self.holding += 1
+        yield
+        self.holding -= 1
+        if self.pending and not self.holding:
+            self.pending = False
+            raise KeyboardInterrupt
+
+    def agree(self, processes):
+        if processes.world > 1 and processes.any(self.pending):
+            raise KeyboardInterrupt
 
 
 def metrics_board(name, out_dir, settings, step):

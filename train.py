@@ -16,10 +16,9 @@ import json
 import math
 import os
 import shutil
-import signal
 import time
 import warnings
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
 from importlib.util import find_spec
 from pathlib import Path
@@ -37,7 +36,7 @@ from model import BitSkip, BitSkipConfig
 from parallel import Processes, forget_skipped, gathered, replicate, scattered, shard
 from prepare import default_tokenizer, load_meta, load_tokens, prepare
 from quant import int8_support, latent_weights
-from runtime import autocast, keep_freed_memory, metrics_board, pick_device, pick_dtype
+from runtime import Interrupts, autocast, keep_freed_memory, metrics_board, pick_device, pick_dtype
 from tokenizer import vocabulary
 
 
@@ -160,41 +159,6 @@ def load_optimizer(optimizer, saved):
         shapes = {name: moment.shape for name, moment in state.items()}
         if shapes != {'step': (), 'exp_avg': p.shape, 'exp_avg_sq': p.shape}:
             raise ValueError('its optimizer is for other parameters')
-
-
-class Interrupts:
-    """with Interrupts() as interrupts: Ctrl-C and SIGTERM raise KeyboardInterrupt in here, except inside
-    `with interrupts.held():`, where they wait until it ends. Of several processes (together=True) none stops alone in
-    the middle of what they compute together: they wait until `agree` is called, by all, and raises it in all."""
-
-    def __init__(self, together=False):
-        self.holding, self.pending = int(together), False
-
-    def __enter__(self):
-        self.before = {number: signal.signal(number, self.handle) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *_):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-    def handle(self, *_):
-        if not self.holding:
-            raise KeyboardInterrupt
-        self.pending = True
-
-    @contextmanager
-    def held(self):
-        self.holding += 1
-        yield
-        self.holding -= 1
-        if self.pending and not self.holding:
-            self.pending = False
-            raise KeyboardInterrupt
-
-    def agree(self, processes):
-        if processes.world > 1 and processes.any(self.pending):
-            raise KeyboardInterrupt
 
 
 class Run:
