@@ -35,6 +35,7 @@ from quant import bit_linears, latent_weights
 from runtime import commit, keep_freed_memory, machine, pick_device
 
 
+SHARES = (0.45, 0.55, 0.65, 0.75, 0.85, 0.95)  # of the blocks, around those that tables ask for
 COMMIT = commit()  # of the code that this process has loaded
 
 
@@ -139,7 +140,7 @@ def measure(path):
             latent = evaluate(model, tokens)[-1]
     std, gates = activation_and_gate_statistics(model, tokens)
     has_exits = settings['lambda_ee'] or settings['freeze']
-    ways = tradeoff.measure(model, tokens[:2 ** 15 + 1], shares=(0.5, 0.7, 0.9)) if has_exits else None
+    ways = tradeoff.measure(model, tokens[:2 ** 15 + 1], shares=SHARES) if has_exits else None
     log = [json.loads(line) for line in (Path(path).parent / 'log.jsonl').read_text().splitlines()]
     return {'minutes': round(progress['seconds'] / 60, 1), 'steps': progress['iter'],
             'tokens': progress['iter'] * settings['batch_size'] * settings['gradient_accumulation_steps']

@@ -29,6 +29,28 @@ class Table:
         return f'{self.cells[label]} {self.flags.get(scale, "")}'.strip()
 
 
+AROUND = {label: f'config/compose.py {flags}'.strip() for label, flags in {
+    'joint training': '',
+    'exits under the final norm': '--exit_norm=final',
+    'no final norm at full depth, either': '--final_norm=False',
+    'no Hadamard': '--linear=bitlinear',
+    'λ 0.3': '--lambda_ee=0.3',
+    'λ 1': '--lambda_ee=1',
+    'λ 4': '--lambda_ee=4',
+    'all exits weigh the same': '--ee_weighting=uniform',
+    'early exits weigh more (A4)': '--ee_weighting=early',
+    'each exit learns from its own share of the tokens': '--ee_positions=sampled',
+    'exits in turn': '--ee_curriculum=rotational',
+    'λ from 0 to 4': '--lambda_ee=4 --ee_ramp=up',
+    'λ from 4 to 0': '--lambda_ee=4 --ee_ramp=down',
+    'exits do not train the head': '--ee_detach_head=True',
+    "half of an exit's target is full depth": '--ee_distill=0.5',
+    'adapters of rank 16': '--ee_adapter=16',
+    '30% of the tokens leave in training': '--ee_leave=0.3',
+    'blocks skipped (A5, p_max 0.2)': '--p_max=0.2',
+    'blocks skipped, the last one, too': '--p_max=0.2 --skip_last=True',
+    "Paper A's routing loss": '--gate_loss=cost --lambda_r=0.2'}.items()}
+
 TABLES = {
     # -- Paper A
 
@@ -101,10 +123,18 @@ TABLES = {
         'H-only, no routing loss': 'config/bitskip_h.py --lambda_r=0',
         'H-only, no routing loss, no final norm': 'config/bitskip_h.py --lambda_r=0 --final_norm=False',
         'joint training': 'config/compose.py',
-        'joint training, no final norm': 'config/compose.py --final_norm=False',
         'exits on a finished model': 'config/compose_frozen.py',
         "Paper A's recipe": 'config/bitskip_h_ee.py'},
-        seeds=5, steps=FULL, on={'exits on a finished model': 'H-only, no routing loss'}),
+        seeds=5, steps=FULL, on={'exits on a finished model': 'H-only, no routing loss, no final norm'}),
+    'gates': Table('what gates should learn: trained on the finished model of joint training', {
+        'joint training': 'config/compose.py'} | {
+        label: f'--freeze=True --lambda_ee=0 --lambda_r=1 --learning_rate=0.002 {flags}' for label, flags in {
+            'a mean exit (A9)': '--gate_loss=cost --target_exit=7',
+            'the same choice': '--gate_loss=agreement',
+            'the overlap': '--gate_loss=overlap',
+            'the divergence': '--gate_loss=divergence'}.items()},
+        seeds=3, steps=FULL, on=dict.fromkeys(('a mean exit (A9)', 'the same choice', 'the overlap', 'the divergence'),
+                                              'joint training')),
     'routing': Table('what the routing loss (A9) costs', {
         f'{name}, λ_r {value}': f'{arguments}{flag}'
         for name, arguments in (('Baseline', 'config/baseline.py'), ('H-only', 'config/bitskip_h.py'),
@@ -138,33 +168,13 @@ TABLES = {
         'sampled, gentle skipping': 'config/bitskip_h_ee.py --ee_positions=sampled --p_max=0.2',
         'sampled, gentle skipping, of the last block too':
             'config/bitskip_h_ee.py --ee_positions=sampled --p_max=0.2 --skip_last=True'}, rates=RATES[:1]),
-    'around': Table('the best recipe, less or more one ingredient', {
-        'joint training': 'config/compose.py',
-        'no Hadamard': 'config/compose.py --linear=bitlinear',
-        'λ 0.3': 'config/compose.py --lambda_ee=0.3',
-        'λ 3': 'config/compose.py --lambda_ee=3',
-        'late exits weigh more': 'config/compose.py --ee_weighting=late',
-        'all positions': 'config/compose.py --ee_positions=all',
-        'a quarter of the positions': 'config/compose.py --ee_share=0.25',
-        'an eighth of the positions': 'config/compose.py --ee_share=0.125',
-        'a quarter of the positions, λ 0.25': 'config/compose.py --ee_share=0.25 --lambda_ee=0.25',
-        'head detached': 'config/compose.py --ee_detach_head=True',
-        'half distilled': 'config/compose.py --ee_distill=0.5',
-        'no norm at the exits': 'config/compose.py --exit_norm=none',
-        'adapters': 'config/compose.py --ee_adapter=16',
-        '30% of the tokens leave': 'config/compose.py --ee_leave=0.3',
-        'gentle skipping, of the last block too': 'config/compose.py --p_max=0.2 --skip_last=True'},
-        rates=RATES[1:2]),
-    'longer': Table('the best recipe, less or more one ingredient, in full', {
-        'joint training': 'config/compose.py',
-        'λ 0.3': 'config/compose.py --lambda_ee=0.3',
-        'all positions': 'config/compose.py --ee_positions=all',
-        'head detached': 'config/compose.py --ee_detach_head=True',
-        'half distilled': 'config/compose.py --ee_distill=0.5'}, steps=FULL, rates=RATES[1:2]),
-    'share': Table('how many tokens the exits need in a step', {
-        f'{8 * 256 * more:,} tokens a step, exits learn from {share}': f'config/compose.py{batch}{flag}'
+    'around': Table('joint training, one ingredient changed', AROUND, rates=RATES[:1]),
+    'longer': Table('joint training, one ingredient changed, in full', AROUND, steps=FULL, rates=RATES[:1]),
+    'share': Table('how many tokens an exit needs in a step', {
+        f'{8 * 256 * more:,} tokens a step, each exit learns from {share}': f'config/compose.py{batch}{flag}'
         for more, batch in ((1, ''), (4, ' --batch_size=32'))
-        for share, flag in (('all', ''), ('1/4', ' --ee_share=0.25'))}, steps=300, rates=RATES[1:2], scales=('cpu',)),
+        for share, flag in (('all', ''), ('a share of its own', ' --ee_positions=sampled'))},
+        steps=300, rates=RATES[:1], scales=('cpu',)),
 
     # -- Paper B, on two CPU cores narrow: 24 layers stay 24
 

@@ -149,6 +149,17 @@ def tradeoff(scale):
     return ['way to leave early', *(f'{share}% of the blocks' for share in (50, 70, 90))], rows
 
 
+def gates(scale):
+    """What it costs to let gates decide, at a share of the blocks: PPL in units of full depth's."""
+    shares, rows = (0.5, 0.7, 0.9), []
+    for label, several in results('gates', scale).items():
+        costs = [mean(several, lambda r, share=share: ppl(at_compute(r['ways'], 'gate', share * len(r['exits']))
+                                                          - r['ways'][len(r['exits']) - 1]['loss']))
+                 for share in shares]
+        rows.append([label if label != 'joint training' else 'the divergence, in joint training', len(several), *costs])
+    return ['gates learn', 'seeds', *(f'{100 * share:.0f}% of the blocks' for share in shares)], rows
+
+
 def parameters(arguments):
     """Of the model that this command line trains at the paper's scale."""
     settings = configure(train.TrainSettings, arguments.split())
@@ -195,7 +206,7 @@ MAKE = {'bench': bench, 'claims': claims, 'rates': rates, 'A2': a2, 'A3': a3, 'A
         'A6': plain('A6', papers.A6), 'A7': plain('A7', papers.A7), 'A8': plain('A8', papers.A8),
         'price': plain('price'), 'cliff': at_exits('cliff', FOUR), 'norm': plain('norm'), 'order': plain('order'),
         'latent': latent, 'leak': leak, 'routing': plain('routing'), 'unrouted': plain('unrouted'),
-        'compose': compose, 'tradeoff': tradeoff, 'ingredients': at_exits('ingredients', FOUR),
+        'compose': compose, 'gates': gates, 'tradeoff': tradeoff, 'ingredients': at_exits('ingredients', FOUR),
         'around': at_exits('around', FOUR), 'longer': at_exits('longer', FOUR), 'share': at_exits('share', FOUR),
         'B': at_exits('B', (5, 11, 17, 23), paper=papers.B)}
 TITLES = {'bench': 'speed and memory', 'claims': "the papers' claims",

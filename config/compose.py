@@ -1,7 +1,8 @@
-# Hadamard and exits that help each other, trained jointly: exits count as much as full depth does, each learns from its
-# own share of the tokens, no block is skipped; gates learn to foresee how far an exit agrees with full depth.
+# Hadamard and exits that help each other, trained jointly: every exit reads its raw state and learns from all tokens,
+# late ones most (B6); together they count twice as much as full depth; no block is skipped; gates learn to foresee what
+# leaving costs. No parameters beyond Paper A's own. README and RESULTS.md tell what each ingredient is worth.
 #   python train.py config/compose.py config/cpu.py
-# No parameters beyond Paper A's own. RESULTS.md tells what each ingredient is worth.
+#   python train.py config/compose.py --ee_positions=sampled         a large vocabulary: exits cost one head, not eleven
 linear = 'hbitlinear'
-lambda_ee, ee_positions = 1.0, 'sampled'
-gate_loss, lambda_r = 'overlap', 1.0
+exit_norm, ee_weighting, lambda_ee = 'none', 'late', 2.0
+gate_loss, lambda_r = 'divergence', 0.1

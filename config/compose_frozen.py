@@ -5,5 +5,5 @@
 freeze = True
 ee_adapter, gate_dim = 16, 32
 lambda_ee, ee_positions, ee_distill = 1.0, 'sampled', 0.9
-gate_loss, lambda_r, lambda_q = 'overlap', 1.0, 0.0
+gate_loss, lambda_r, lambda_q = 'divergence', 0.1, 0.0
 max_iters, learning_rate = 650, 2e-3

@@ -10,4 +10,4 @@ batch_size = 8
 gradient_accumulation_steps = 1
 max_iters = 1400
 eval_interval = 700
-learning_rate = 2e-3
+learning_rate = 4e-3
