@@ -307,6 +307,28 @@ def sees_the_future(model, idx):
       ('changed = idx.clone()', 'changed = idx'),
       ('return False', 'return True'),
       ('return True\n    return', 'pass\n    return')]),
+
+    'ex17_quantization_loss': ("""
+def quantization_loss(matrices):
+    losses = []
+    for W in matrices:
+        codes, alpha = weight_ternary(W)
+        losses.append((W - alpha * codes).square().mean())
+    return torch.stack(losses).mean()
+
+def gradient_ratio(a, b, matrices):
+    norms = [torch.cat([grad.flatten() for grad in torch.autograd.grad(loss, matrices, retain_graph=True)]).norm()
+             for loss in (a, b)]
+    return (norms[0] / norms[1]).item()
+""", [('torch.stack(losses).mean()', 'torch.stack(losses).sum()'),
+      ('.square().mean())', '.square().sum())'),  # larger matrices count more
+      ('.square().mean())', '.abs().mean())'),
+      ('(W - alpha * codes)', '(W - codes)'),
+      ('(W - alpha * codes)', '(W - (alpha * codes + W - W.detach()))'),  # straight through: nothing is left
+      (', retain_graph=True', ''),
+      ('norms[0] / norms[1]', 'norms[1] / norms[0]'),
+      ('.item()', ''),
+      ('.norm()\n', '.abs().mean()\n')]),
 }
 
 # the project's own functions are right answers, too
