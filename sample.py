@@ -33,7 +33,8 @@ class SampleSettings:
     checkpoint: str = 'ckpt.pt'  # the file in its folder: the best model, or packed.pt, which pack.py writes
     prompt: str = ''  # the text to continue; empty: start a new document
     prompt_file: str = ''  # read the prompt from this file instead, - for stdin
-    max_new_tokens: int = 300  # how many tokens to generate
+    num_samples: int = 1  # how many texts to write
+    max_new_tokens: int = 300  # how many tokens to generate, at most: a text may end before
     temperature: float = 0.8  # 0 takes the likeliest token, 1 samples as the model says
     top_k: int | None = None  # choose among the k likeliest tokens only
     exit_layer: int | None = None  # the deepest block to run; none: all
@@ -44,6 +45,10 @@ class SampleSettings:
     exit_threshold: float = 0.5  # leave when the gate (A6), largest probability or similarity exceeds this
     device: str = 'auto'  # auto, cpu, cuda, cuda:1, mps
     seed: int = 1337  # of the sampling
+
+    def __post_init__(self):
+        if not 1 <= self.num_samples <= 2 ** 20:
+            raise ValueError(f'num_samples is 1 to {2 ** 20}, got {self.num_samples}')
 
 
 def read_prompt(s):
@@ -86,34 +91,49 @@ def main(argv):
             model, decoder, how = fast_decoder(trained)
             otherwise = '' if model is trained else ' (--packed=False for the model as it was trained)'
             print(f'decoding: {how}{otherwise}')
-        if drafting:
-            steps = speculate(model, prompt_ids, s.max_new_tokens, s.draft_layer, s.draft_len, s.temperature, s.top_k,
-                              generator, decoder)
-        else:
-            steps = stream(model, prompt_ids, s.max_new_tokens, s.temperature, s.top_k, s.exit_layer, exit_mode,
-                           s.exit_threshold, generator, decoder)
+        options = dict(temperature=s.temperature, top_k=s.top_k, generator=generator, decoder=decoder)
+        texts = [speculate(model, prompt_ids, s.max_new_tokens, s.draft_layer, s.draft_len, **options) if drafting else
+                 stream(model, prompt_ids, s.max_new_tokens, exit_layer=s.exit_layer, exit_mode=exit_mode,
+                        exit_threshold=s.exit_threshold, **options) for _ in range(s.num_samples)]  # (not begun yet)
     except ValueError as error:
         raise UserError(str(error)) from None
-    if drafting and not model.config.lambda_ee:
-        print('note: the exits of this model were not trained (lambda_ee=0), so few drafts will stand')
+    note_what_was_not_trained(s, model.config, bool(settings.get('freeze')))
+    for n, steps in enumerate(texts):
+        print('-' * 80 + '\n' if n else '', end='')
+        counts, told, seconds = show(prompt, steps, tokenizer)
+        if counts:
+            print(f'\n{sum(counts)} tokens, {sum(counts) / seconds:.1f} tokens/s, '
+                  + (report_drafts if drafting else report_exits)(counts, told, model.config.n_layer))
 
+
+def note_what_was_not_trained(s, config, frozen):
+    """Say so where the settings `s` ask for exits or gates that the model of this config has not trained. (Those of a
+    frozen one may have been trained before.)"""
+    drafting = s.draft_layer is not None
+    leaves_early = s.exit_layer not in (None, config.n_layer - 1) or s.exit_mode != 'none'
+    if (drafting or leaves_early) and not config.lambda_ee and not frozen:
+        print('note: the exits of this model were not trained (lambda_ee=0), so '
+              + ('few drafts will stand' if drafting else 'what they say makes little sense'))
+    if s.exit_mode == 'gate' and not config.lambda_r:
+        print('note: the gates of this model were not trained (lambda_r=0); --exit_mode=saturation needs no training')
+
+
+def show(prompt, steps, tokenizer):
+    """Print the prompt and its continuation as it comes, to the end of the text. How many tokens each step brought,
+    what it told (the exit layer, or how many tokens were drafted), and the seconds that all took."""
     text = codecs.getincrementaldecoder('utf-8')(errors='replace')  # a character may take several tokens
     print(prompt, end='', flush=True)
-    counts, told, started = [], [], time.perf_counter()  # told: exit layers, or how many tokens were drafted
+    counts, told, started = [], [], time.perf_counter()
     for tokens, what in steps:
         new = tokens[0].tolist()
         ends = tokenizer.eot in new
-        new = new[:new.index(tokenizer.eot)] if ends else new
-        print(text.decode(tokenizer.decode_bytes(new)), end='', flush=True)
+        print(text.decode(tokenizer.decode_bytes(new[:new.index(tokenizer.eot)] if ends else new)), end='', flush=True)
         counts.append(tokens.shape[1])
         told.append(int(what))
-        if ends:  # of this text: what the model would write next is another
+        if ends:  # what the model would write next is another text
             break
     print(text.decode(b'', final=True))
-    if counts:
-        n, seconds = sum(counts), time.perf_counter() - started
-        print(f'\n{n} tokens, {n / seconds:.1f} tokens/s, ' + (report_drafts if drafting else report_exits)(
-            counts, told, model.config.n_layer))
+    return counts, told, time.perf_counter() - started
 
 
 def report_exits(counts, layers, n_layer):

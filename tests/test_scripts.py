@@ -84,9 +84,34 @@ def test_sample_stops_where_the_text_ends(capsys, monkeypatch, flags):
     passes = [(torch.tensor([[97, 98]]), torch.tensor(1)), (torch.tensor([[99, 0, 100]]), torch.tensor(2)),
               (torch.tensor([[101]]), torch.tensor(0))]
     for name in ('stream', 'speculate'):
-        monkeypatch.setattr(sample, name, lambda *args: iter(passes))
+        monkeypatch.setattr(sample, name, lambda *args, **options: iter(passes))
     out = text_of(capsys, '--prompt=x', *flags)
     assert '\nxabc\n' in out and '5 tokens, ' in out
+
+
+def test_sample_writes_several_texts(capsys):
+    """Each another one; with drafts, too."""
+    for flags in ([], ['--draft_layer=1']):
+        a, b = text_of(capsys, '--prompt=x', '--num_samples=2', *flags).split('-' * 80)
+        assert a.count('tokens/s') == b.count('tokens/s') == 1
+        assert a.split('\nx')[1].split('\n\n')[0] != b.split('\nx')[1].split('\n\n')[0]
+
+
+@pytest.mark.parametrize('flags, changes, note', [
+    ({'exit_layer': 1}, {}, 'what they say makes little sense'),
+    ({'exit_mode': 'confidence'}, {}, 'what they say makes little sense'),
+    ({'draft_layer': 0}, {}, 'few drafts will stand'),
+    ({'exit_layer': 2}, {}, ''),  # the last one
+    ({'exit_layer': 1}, {'lambda_ee': 0.3}, ''),
+    ({'exit_layer': 1}, {'frozen': True}, ''),
+    ({'exit_mode': 'gate'}, {'lambda_ee': 0.3, 'lambda_r': 0.0}, 'the gates of this model were not trained'),
+    ({'exit_mode': 'gate'}, {'lambda_ee': 0.3}, '')])
+def test_sample_says_what_was_not_trained(capsys, flags, changes, note):
+    changes = dict(changes)
+    frozen = changes.pop('frozen', False)
+    sample.note_what_was_not_trained(sample.SampleSettings(**flags), BitSkipConfig(n_layer=3, **changes), frozen)
+    out = capsys.readouterr().out
+    assert note in out and bool(out) == bool(note)
 
 
 def test_sample_prompt_from_file_and_stdin():
