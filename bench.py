@@ -147,10 +147,9 @@ BENCHMARKS = {
         'all exits': (training, PAPER_A, EE), 'no exits': (training, PAPER_A, {})}),
     'exits, sampled': Benchmark(ratio, '<= 1.35', 3, {
         'sampled exits': (training, PAPER_A, EE | dict(ee_positions='sampled')), 'no exits': (training, PAPER_A, {})}),
-    'compose, 2.3M': Benchmark(ratio, '<= 1.15', 15, compose_pair(CPU)),
-    'compose, 86M, sampled positions': Benchmark(ratio, '<= 1.15', 3, compose_pair(PAPER_A, ee_positions='sampled')),
-    'compose, 86M, a quarter of them': Benchmark(ratio, '<= 1.15', 3, compose_pair(
-        PAPER_A, ee_positions='sampled', ee_share=0.25)),
+    'compose, 2.3M': Benchmark(ratio, '<= 1.15', 15, compose_pair(CPU, ee_positions='all')),
+    'compose, 86M': Benchmark(ratio, '<= 1.15', 3, compose_pair(PAPER_A)),
+    'compose, 86M, a quarter of them': Benchmark(ratio, '<= 1.15', 3, compose_pair(PAPER_A, ee_share=0.25)),
     'layer skipping': Benchmark(skipped_share, '>= 0.80', 9, {
         'p_max 0.7': (training, PAPER_A, dict(p_max=0.7)), 'no skipping': (training, PAPER_A, {}),
         'one block': (training, PAPER_A | dict(n_layer=1), {})}),
