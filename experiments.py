@@ -32,24 +32,23 @@ class Table:
 AROUND = {label: f'config/compose.py {flags}'.strip() for label, flags in {
     'joint training': '',
     'exits under the final norm': '--exit_norm=final',
-    'no final norm at full depth, either': '--final_norm=False',
-    'no Hadamard': '--linear=bitlinear',
-    'λ 0.3': '--lambda_ee=0.3',
-    'λ 1': '--lambda_ee=1',
-    'λ 4': '--lambda_ee=4',
-    'early exits weigh more (A4)': '--ee_weighting=early',
     'late exits weigh more (B6)': '--ee_weighting=late',
+    'early exits weigh more (A4)': '--ee_weighting=early',
+    'λ 1': '--lambda_ee=1',
+    'λ 0.3': '--lambda_ee=0.3',
     'each exit learns from its own share of the tokens': '--ee_positions=sampled',
-    'exits in turn': '--ee_curriculum=rotational',
-    'λ from 0 to 4': '--lambda_ee=4 --ee_ramp=up',
-    'λ from 4 to 0': '--lambda_ee=4 --ee_ramp=down',
     'exits do not train the head': '--ee_detach_head=True',
     "half of an exit's target is full depth": '--ee_distill=0.5',
-    'adapters of rank 16': '--ee_adapter=16',
-    '30% of the tokens leave in training': '--ee_leave=0.3',
     'blocks skipped (A5, p_max 0.2)': '--p_max=0.2',
-    'blocks skipped, the last one, too': '--p_max=0.2 --skip_last=True',
-    "Paper A's routing loss": '--gate_loss=cost --lambda_r=0.2'}.items()}
+    "Paper A's routing loss": '--gate_loss=cost --lambda_r=0.2',
+    'no final norm at full depth, either': '--final_norm=False',
+    'no Hadamard': '--linear=bitlinear',
+    'λ from 0 to 4': '--lambda_ee=4 --ee_ramp=up',
+    'λ from 4 to 0': '--lambda_ee=4 --ee_ramp=down',
+    'adapters of rank 16': '--ee_adapter=16',
+    'exits in turn': '--ee_curriculum=rotational',
+    'λ 4': '--lambda_ee=4',
+    '30% of the tokens leave in training': '--ee_leave=0.3'}.items()}
 
 TABLES = {
     # -- Paper A
