@@ -50,7 +50,7 @@ class Run:
     scale: str
     base: 'Run | None' = None
 
-    def command(self):
+    def command(self, compile=False):
         words = self.arguments.split()
         configs = [word for word in words if word.endswith('.py')]
         configs += ['config/cpu.py'] * (self.scale == 'cpu' and not self.base)  # (a finished model is small already)
@@ -61,7 +61,7 @@ class Run:
             flags += [f'--max_iters={self.steps}', f'--eval_interval={self.steps}']
         if self.base:
             flags += [f'--init_from={self.base.out_dir}']
-        return configs + flags + [f'--seed={self.seed}']
+        return configs + flags + [f'--seed={self.seed}'] + ['--compile=True'] * compile
 
     @property
     def name(self):
@@ -109,20 +109,28 @@ def compared_runs(table, label, scale, n_seeds):
     return [Run(table.arguments(label, scale), rate, seed, table.steps, scale) for seed in seeds]
 
 
-def do(run, compile):
-    """Train the run's model, or go on training it, and write what it measures. False if it was interrupted."""
+def fit(run, compile):
+    """Train the run's model, or go on training it; first the model that it starts from, if only what that one measured
+    was kept. False if it was interrupted."""
+    if run.base and not (run.base.out_dir / 'ckpt.pt').exists() and not fit(run.base, compile):
+        return False
     resume = ['--init_from=resume'] if (run.out_dir / 'last.pt').exists() else []
-    command = run.command() + ['--compile=True'] * compile
     torch.compiler.reset()  # forget the graphs of other cells
-    print(f'\npython train.py {" ".join(command)}')
+    print(f'\npython train.py {" ".join(run.command(compile))}')
+    return train.main([*run.command(compile), f'--out_dir={run.out_dir}', *resume])
+
+
+def do(run, compile):
+    """Train the run's model and write what it measures. False if it was interrupted."""
     try:
-        if not train.main([*command, f'--out_dir={run.out_dir}', *resume]):
+        if not fit(run, compile):
             return False
         measured = measure(run.out_dir / 'ckpt.pt')
     except train.Diverged as diverged:
         print(diverged)
         measured = {'exits': [], 'diverged': str(diverged)}
-    result = {'command': f'python train.py {" ".join(command)}', 'commit': COMMIT, 'machine': machine(), **measured}
+    command = ' '.join(['python train.py', *run.command(compile)])
+    result = {'command': command, 'commit': COMMIT, 'machine': machine(), **measured}
     with checkpoint.atomic_write(run.path, 'w') as file:
         json.dump(result, file, indent=1)
     return True

@@ -201,6 +201,19 @@ def test_diverged_runs_are_results(table, monkeypatch):
     assert run.result()['exits'] == [] and ablate.loss_of(run.result()) == float('inf')
 
 
+def test_a_finished_model_that_was_not_kept_is_trained_again(table, monkeypatch):
+    """In a clone there are results without their models; recipes on a finished model came to a stop there."""
+    base = ablate.swept_runs(table, 'a', 'cpu')[0]
+    run = ablate.Run('--freeze=True', None, base.seed, 3, 'cpu', base)
+    lines = []
+    monkeypatch.setattr(train, 'main', lambda argv: lines.append(argv) or True)
+    assert ablate.fit(run, compile=False)
+    assert [f'--out_dir={each.out_dir}' in line for each, line in zip((base, run), lines)] == [True, True]
+    base.out_dir.mkdir(parents=True)
+    (base.out_dir / 'ckpt.pt').touch()
+    assert ablate.fit(run, compile=False) and len(lines) == 3
+
+
 @pytest.mark.parametrize('page', tables.PAGES, ids=str)
 def test_readme_tables_are_the_results(monkeypatch, page):
     """Every number in the tables of the pages is the one in results/."""
