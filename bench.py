@@ -147,7 +147,7 @@ BENCHMARKS = {
         'all exits': (training, PAPER_A, EE), 'no exits': (training, PAPER_A, {})}),
     'exits, sampled': Benchmark(ratio, '<= 1.35', 3, {
         'sampled exits': (training, PAPER_A, EE | dict(ee_positions='sampled')), 'no exits': (training, PAPER_A, {})}),
-    'compose, 2.3M': Benchmark(ratio, '<= 1.15', 15, compose_pair(CPU, ee_positions='all')),
+    'compose, 2.3M': Benchmark(ratio, '<= 1.15', 45, compose_pair(CPU, ee_positions='all')),
     'compose, 86M': Benchmark(ratio, '<= 1.15', 3, compose_pair(PAPER_A)),
     'compose, 86M, a quarter of them': Benchmark(ratio, '<= 1.15', 3, compose_pair(PAPER_A, ee_share=0.25)),
     'layer skipping': Benchmark(skipped_share, '>= 0.80', 9, {

@@ -57,6 +57,9 @@ CLAIMS = [
           'at the exits × {cliff: unshifted labels, final norm / shifted labels, final norm} more'),
     Claim('the same', 'all four cells have the routing loss, which harms those without exits more',
           'without it, in short runs, with Hadamard × {routing: BitSkip (H+EE), λ_r 0 / H-only, λ_r 0}'),
+    Claim('the same', 'it takes exits that read the state without a norm, and weigh twice as much as full depth '
+          '(`config/compose.py`)',
+          'against the best H-only × {compose: joint training / H-only, no routing loss, no final norm}'),
     Claim('leaving one layer early is 57 times worse (A, Table 5)',
           "in the authors' code the exits learn the current token, not the next one",
           'exits that learn the next token: × {cliff: shifted labels, final norm @ 10}, the current one: '
