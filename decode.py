@@ -252,7 +252,7 @@ def exit_score(model, h, before, layer, mode):
     if mode == 'gate':
         return model.gates[layer](h)  # A6
     if mode == 'saturation':
-        return F.cosine_similarity(h.float(), before.float(), dim=-1)
+        return F.cosine_similarity(h.float(), before.float(), dim=-1).clamp(max=1)  # (rounding may exceed it)
     return F.softmax(model.head(model.exit_state(h, layer)).float(), dim=-1).amax(dim=-1)  # CALM
 
 

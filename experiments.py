@@ -47,8 +47,7 @@ AROUND = {label: f'config/compose.py {flags}'.strip() for label, flags in {
     'λ from 4 to 0': '--lambda_ee=4 --ee_ramp=down',
     'adapters of rank 16': '--ee_adapter=16',
     'exits in turn': '--ee_curriculum=rotational',
-    'λ 4': '--lambda_ee=4',
-    '30% of the tokens leave in training': '--ee_leave=0.3'}.items()}
+    'λ 4': '--lambda_ee=4'}.items()}
 
 TABLES = {
     # -- Paper A

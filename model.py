@@ -99,6 +99,8 @@ class BitSkipConfig:
         require(self.ee_share == 1 or self.ee_positions == 'sampled',
                 f"ee_share={self.ee_share} needs ee_positions='sampled'")
         require(0 <= self.ee_leave <= 1, f'ee_leave is a share, 0 to 1, got {self.ee_leave}')
+        require(self.ee_leave == 0 or self.gate_loss == 'cost' and self.ee_distill == 0,
+                "ee_leave needs gate_loss='cost' and ee_distill=0: tokens that left have no full depth to learn from")
         require(self.init_scale > 0, f'init_scale is above 0, got {self.init_scale}')
         for name in ('lambda_ee', 'lambda_q', 'lambda_r'):
             require(getattr(self, name) >= 0, f'{name} is at least 0, got {getattr(self, name)}')
@@ -282,7 +284,8 @@ class BitSkip(nn.Module):
         ee_weights (L-1,) float32: the w_l of A4 in this step (default: those of ee_weighting; 0 turns an exit off).
         ValueError if exit_layer is not a layer, or the tokens do not fit into block_size."""
         last = self.require_layer(exit_layer)
-        leaves = self.leave_at_random(idx) if self.training and self.config.ee_leave else None
+        leaving = self.training and self.config.ee_leave and exit_layer is None and cache is None
+        leaves = self.leave_at_random(idx) if leaving else None
         states = []
         for h in self.hidden_states(idx, last, cache, leaves):
             states = [h] if targets is None else states + [h]  # only the losses need them all

@@ -659,7 +659,7 @@ static void read_out(Run *run, int T, const float *h, int layer, float *logits) 
 }
 
 static float cosine(const float *a, const float *b, int n) {
-    return dot(a, b, n) / sqrtf(dot(a, a, n) * dot(b, b, n));
+    return fminf(dot(a, b, n) / sqrtf(dot(a, a, n) * dot(b, b, n)), 1.0f);
 }
 
 // Does the token with this state leave after this block? (CONFIDENCE computes its logits on the way.)

@@ -693,3 +693,34 @@ def test_tokens_that_leave_in_training_are_those_of_decoding(make_model, tokens,
     assert all(map(torch.equal, model.hidden_states(idx), plain))
     leaves = model.leave_at_random(torch.zeros(100, 100))
     assert leaves.unique().tolist() == [0, 1, 2, 3] and (leaves < 3).float().mean() == pytest.approx(0.375, abs=0.03)
+
+
+def test_projections_have_the_settings_of_the_config(make_model):
+    model = make_model(linear='hbitlinear', act_bits=4, linear_norm='rmsnorm')
+    assert all(layer.act_bits == 4 and layer.linear_norm == 'rmsnorm' for layer in model.linears())
+
+
+@pytest.mark.parametrize('options', [dict(dropout=0.2), dict(ee_leave=0.5, lambda_ee=0.3), dict(p_max=0.5)], ids=str)
+def test_causality_in_training(make_model, tokens, options):
+    """THE CAUSALITY GATE, with what only training has: nothing drawn at random makes the past depend on the future."""
+    model, idx = make_model(linear='fp', **options).train(), tokens(2, 8)
+    changed = idx.clone()
+    changed[:, 5] = (idx[:, 5] + 1) % 31
+    looks = []
+    for each in (idx, changed):
+        torch.manual_seed(0)
+        looks.append(model(each)[0])
+    assert torch.equal(looks[0][:, :5], looks[1][:, :5]) and not torch.equal(looks[0], looks[1])
+
+
+def test_tokens_leave_in_training_passes_alone(make_model, tokens):
+    """An exit that was asked for, and a cache, get what they ask for in training mode, too."""
+    model, idx = make_model(linear='fp', ee_leave=1.0).train(), tokens(2, 8)
+    at_random = model(idx, exit_layer=0)[0]
+    assert torch.equal(at_random, model.eval()(idx, exit_layer=0)[0])
+
+
+@pytest.mark.parametrize('settings', [dict(gate_loss='divergence'), dict(ee_distill=0.5)], ids=str)
+def test_tokens_that_leave_have_no_full_depth_to_learn_from(make_model, settings):
+    with pytest.raises(ValueError, match='have no full depth'):
+        make_model(ee_leave=0.3, **settings)

@@ -159,6 +159,19 @@ def test_sigint_exits_cleanly(text):
     assert checkpoint.load('out/run/last.pt')['progress']['iter'] >= 4
 
 
+def test_targets_are_the_next_token():
+    """The model is never asked for the token that it sees, nor for the one after the next."""
+    idx, targets = train.get_batch(torch.arange(1000).numpy(), 4, 16, 'cpu')
+    assert idx.shape == targets.shape == (4, 16) and torch.equal(targets, idx + 1)
+
+
+def test_seeds_see_other_data():
+    def draw(seed):
+        train.seed_microbatch(seed, step=3, micro=0)
+        return torch.rand(4).tolist()
+    assert draw(7) == draw(7) != draw(8)
+
+
 def test_micro_batches_follow_from_seed_step_and_number_alone(text):
     """What resuming and distribution rest on: the generator's earlier use leaves no trace in a micro-batch."""
     def draw(step, micro, before):
