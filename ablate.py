@@ -63,6 +63,9 @@ class Run:
             flags += [f'--init_from={self.base.out_dir}']
         return configs + flags + [f'--seed={self.seed}'] + ['--compile=True'] * compile
 
+    def line(self, compile):
+        return ' '.join(['python train.py', *self.command(compile)])
+
     @property
     def name(self):
         words = [Path(word).stem if word.endswith('.py') else word.removeprefix('--') for word in self.command()]
@@ -112,11 +115,13 @@ def compared_runs(table, label, scale, n_seeds):
 def fit(run, compile):
     """Train the run's model, or go on training it; first the model that it starts from, if only what that one measured
     was kept. False if it was interrupted."""
-    if run.base and not (run.base.out_dir / 'ckpt.pt').exists() and not fit(run.base, compile):
-        return False
+    if run.base:
+        with checkpoint.exclusive(f'{run.base.out_dir}.run'):  # other runs may start from it, too
+            if not (run.base.out_dir / 'ckpt.pt').exists() and not fit(run.base, compile):
+                return False
     resume = ['--init_from=resume'] if (run.out_dir / 'last.pt').exists() else []
     torch.compiler.reset()  # forget the graphs of other cells
-    print(f'\npython train.py {" ".join(run.command(compile))}')
+    print(f'\n{run.line(compile)}')
     return train.main([*run.command(compile), f'--out_dir={run.out_dir}', *resume])
 
 
@@ -129,8 +134,7 @@ def do(run, compile):
     except train.Diverged as diverged:
         print(diverged)
         measured = {'exits': [], 'diverged': str(diverged)}
-    command = ' '.join(['python train.py', *run.command(compile)])
-    result = {'command': command, 'commit': COMMIT, 'machine': machine(), **measured}
+    result = {'command': run.line(compile), 'commit': COMMIT, 'machine': machine(), **measured}
     with checkpoint.atomic_write(run.path, 'w') as file:
         json.dump(result, file, indent=1)
     return True

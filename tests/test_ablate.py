@@ -1,4 +1,5 @@
 """The experiments: their plan is made of valid command lines, runs are done once, and tables say what was measured."""
+import contextlib
 import json
 import re
 import statistics
@@ -210,7 +211,13 @@ def test_a_finished_model_that_was_not_kept_is_trained_again(table, monkeypatch)
     assert ablate.fit(run, compile=False)
     assert [f'--out_dir={each.out_dir}' in line for each, line in zip((base, run), lines)] == [True, True]
     base.out_dir.mkdir(parents=True)
-    (base.out_dir / 'ckpt.pt').touch()
+
+    @contextlib.contextmanager
+    def trained_elsewhere(path, wait=True):
+        assert path == f'{base.out_dir}.run' and wait
+        (base.out_dir / 'ckpt.pt').touch()
+        yield True
+    monkeypatch.setattr(ablate.checkpoint, 'exclusive', trained_elsewhere)
     assert ablate.fit(run, compile=False) and len(lines) == 3
 
 

@@ -187,6 +187,12 @@ def test_a6_a_threshold_of_one_is_full_depth(make_model, tokens, run, mode):
     assert_close(full[2], never[2])
 
 
+def test_a6_saturation_is_at_most_one(make_model):
+    """Rounding took the cosine of a state with itself above 1, and a threshold of 1 was not full depth."""
+    h = torch.randn(1000, 128, generator=torch.Generator().manual_seed(0))
+    assert decode.exit_score(make_model(), h, h, 0, 'saturation').max() <= 1
+
+
 @pytest.mark.parametrize('mode', EXIT_MODES)
 def test_a6_a_negative_threshold_leaves_at_once(make_model, tokens, run, mode):
     """All but the prompt, which runs in full."""
