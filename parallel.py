@@ -36,6 +36,8 @@ class Processes:
             if device.type == 'cuda':
                 self.device = torch.device('cuda', int(os.environ['LOCAL_RANK']))
                 torch.cuda.set_device(self.device)
+            # DDP imports this; if that came after the next line, its functions' defaults would keep the group for good
+            from torch.distributed.nn import functional  # noqa: F401
             dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo')
 
     @property
@@ -57,7 +59,10 @@ class Processes:
             dist.barrier()
 
     def close(self):
+        """Wait for all, then stop the threads that exchange tensors: one that drops a tensor while Python shuts down
+        aborts its process."""
         if self.world > 1:
+            dist.barrier()
             dist.destroy_process_group()
 
 

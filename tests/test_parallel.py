@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -217,6 +218,15 @@ def test_interrupted_processes_stop_together_and_save(text):  # noqa: F811
     assert [entry['iter'] for entry in log()[1:] if 'ce' in entry] == [*range(1, done + 2)]
 
 
+@pytest.mark.skipif(not os.path.exists('/proc/self/task'), reason='the names of threads are in /proc')
+def test_no_thread_outlives_the_processes():
+    """A thread of gloo's that drops a tensor while Python shuts down aborts its process."""
+    done = subprocess.run([*TORCHRUN, __file__, 'close'], capture_output=True, text=True, timeout=300,
+                          env=ENV | {'PYTHONPATH': str(ROOT)})
+    assert done.returncode == 0 and 'open pt_gloo' in done.stdout, done.stdout + done.stderr[-3000:]
+    assert 'closed pt_gloo' not in done.stdout
+
+
 def test_fsdp_needs_torchrun(text):  # noqa: F811
     done = subprocess.run(command(fsdp=True), capture_output=True, text=True)
     assert done.returncode == 2
@@ -252,5 +262,17 @@ def worker():
     train.main(flags(**SETTINGS | dict(max_iters=4, out_dir='out/fsdp', fsdp=True)))
 
 
+def opens_and_closes():
+    def threads(when):
+        print(''.join(f'{when} {Path(task, "comm").read_text()}' for task in Path('/proc/self/task').iterdir()))
+    processes = Processes(torch.device('cpu'))
+    module = replicate(torch.nn.Linear(3, 3))
+    module(torch.ones(2, 3)).sum().backward()
+    threads('open')
+    del module
+    processes.close()
+    threads('closed')
+
+
 if __name__ == '__main__':
-    worker()
+    opens_and_closes() if 'close' in sys.argv else worker()
