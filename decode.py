@@ -276,9 +276,9 @@ def exit_states(model, idx, mode, threshold):
 
 
 def read_off(model, h, layers):
-    """What the head reads of states (B, T, C) that left at `layers` (B, T): (B, T, C)."""
-    out = torch.zeros_like(h)
+    """What the head reads of states (B, T, C) that left at `layers` (B, T): (B, T, C). (Each exit is asked about all
+    states: a product rounds by the number of its rows, and how many leave where depends on later tokens.)"""
+    out = h
     for layer in layers.unique().tolist():
-        rows = (layers == layer).nonzero(as_tuple=True)
-        out = out.index_put(rows, model.exit_state(h[rows], layer).to(h.dtype))
+        out = torch.where(layers[..., None] == layer, model.exit_state(h, layer), out)
     return out

@@ -57,7 +57,10 @@ def windows(tokens, block_size, batch_size):
 def evaluate(model, tokens, layers=None, batch_size=16, processes=None, unshifted=False):
     """Mean cross-entropy per token over all of `tokens` (uint16), in nats, at each of the exits `layers` (default: the
     last): list of floats. Deterministic, token-weighted; with `processes`, each does its share and all get the result.
-    unshifted=True asks for the current token instead of the next, which is a mistake to be seen, not to be made."""
+    unshifted=True asks for the current token instead of the next, which is a mistake to be seen, not to be made.
+    ValueError if there are fewer than two tokens."""
+    if len(tokens) < 2:
+        raise ValueError(f'{len(tokens)} tokens have no next token to predict: an evaluation needs two or more')
     model.eval()
     layers = [model.config.n_layer - 1] if layers is None else layers
     rank, world = (processes.rank, processes.world) if processes else (0, 1)

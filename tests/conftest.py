@@ -14,6 +14,13 @@ torch.set_num_threads(1)  # at these sizes a second thread costs more than it br
 # ffn_dim and n_embd / n_head are no accidents: 48 needs padding before a Hadamard transform, and 2 kv heads serve 4
 TINY = dict(vocab_size=31, block_size=16, n_layer=3, n_head=4, n_kv_head=2, n_embd=32, ffn_dim=48, gate_dim=8,
             target_exit=1)
+KINDS = ['fp', 'bitlinear', 'hbitlinear']
+
+
+def all_exits(model, idx, cache=None):
+    """Logits at every exit, (L, B, T, V)."""
+    states = enumerate(model.hidden_states(idx, cache=cache))
+    return torch.stack([model.head(model.exit_state(h, layer)) for layer, h in states])
 
 
 @contextmanager

@@ -1,12 +1,13 @@
 """Decoding: the key-value cache, sampling, and tokens that leave the model at different layers."""
 import pytest
 import torch
+from conftest import KINDS
 from torch.testing import assert_close
 
 import decode
+import native
 from decode import EXIT_MODES, KVCache, sample, stream
 
-KINDS = ['fp', 'bitlinear', 'hbitlinear']
 MODES = [('gate', 0.45), ('confidence', 0.2), ('saturation', 0.72)]  # thresholds that some tokens of random models pass
 GREEDY = dict(temperature=0.0)
 
@@ -84,6 +85,16 @@ def test_a_cache_cut_at_an_exit_refuses_deeper_use(make_model, tokens):
     model(tokens(2, 1), exit_layer=0, cache=cache)
     with pytest.raises(ValueError, match='the cache of layer 1 holds 5 tokens, not the 6 before'):
         model(tokens(2, 1), exit_layer=1, cache=cache)
+
+
+def test_a_cache_that_starts_anew_is_empty_at_every_layer(make_model, tokens):
+    model = make_model()
+    cache = KVCache(model, 2)
+    model(tokens(2, 5), cache=cache)
+    cache.length = 0
+    model(tokens(2, 3), cache=cache, exit_layer=0)
+    with pytest.raises(ValueError, match='layer 1 holds 0 tokens, not the 3 before'):
+        model(tokens(2, 1), cache=cache)
 
 
 def test_a_cache_is_not_larger_than_block_size(make_model, tokens):
@@ -168,14 +179,20 @@ def test_a6_whole_texts_leave_as_their_tokens_do(make_model, tokens, linear, mod
         assert_near(model.head(states[:, t]), logits, 1e-5 if linear == 'fp' else 0.01)
 
 
-@pytest.mark.parametrize('mode', EXIT_MODES)
-def test_a6_whole_texts_leave_causally(make_model, tokens, mode):
-    """Changing a token changes neither the exits nor the logits of those before it, to the last bit."""
-    model, idx = make_model(linear='hbitlinear', n_layer=4), tokens(3, 16)
-    changed = idx.clone()
-    changed[:, 9] = (idx[:, 9] + 1) % 31
-    for a, b in zip(decode.exit_states(model, idx, mode, 0.4), decode.exit_states(model, changed, mode, 0.4)):
-        assert torch.equal(a[:, :9], b[:, :9]) and not torch.equal(a, b)
+@pytest.mark.parametrize('mode, threshold', MODES)
+@pytest.mark.parametrize('settings', [{}, {'exit_norm': 'none'}, {'ee_adapter': 3}, {'final_norm': False}], ids=str)
+def test_a6_whole_texts_leave_causally(make_model, tokens, mode, threshold, settings):
+    """Changing a token changes neither the exits nor the logits of those before it, to the last bit; also where the
+    number of later tokens that leave at an exit with them becomes another."""
+    model, idx = make_model(linear='hbitlinear', n_layer=4, **settings), tokens(3, 16)
+    states, layers = decode.exit_states(model, idx, mode, threshold)
+    assert len(layers.unique()) > 1
+    for t in range(16):
+        changed = idx.clone()
+        changed[:, t] = (idx[:, t] + 1) % 31
+        others, their_layers = decode.exit_states(model, changed, mode, threshold)
+        assert torch.equal(layers[:, :t], their_layers[:, :t])
+        assert torch.equal(states[:, :t], others[:, :t]) and not torch.equal(states, others)
 
 
 @pytest.mark.parametrize('mode', EXIT_MODES)
@@ -185,6 +202,24 @@ def test_a6_a_threshold_of_one_is_full_depth(make_model, tokens, run, mode):
     never = run(model, idx, 20, exit_mode=mode, exit_threshold=1.0, **GREEDY)
     assert torch.equal(full[0], never[0]) and (never[1] == 2).all()
     assert_close(full[2], never[2])
+
+
+@pytest.mark.parametrize('in_c', [False, True])
+def test_a6_a_score_of_exactly_the_threshold_stays(make_model, tokens, in_c):
+    """A gate that has saturated at p = 1 does not exceed a threshold of 1."""
+    model, idx = make_model(linear='bitlinear', norm='rmsnorm'), tokens(1, 5)
+    with torch.no_grad():
+        for gate in model.gates:
+            gate.w1.weight.mul_(100)
+            gate.w2.weight.fill_(100)
+    if in_c and not native.available()[0]:
+        pytest.skip(native.available()[1])
+    decoder = native.Decoder(model) if in_c else None
+    assert (decode.exit_states(model, idx, 'gate', 0.9999)[1] == 0).all()
+    assert (decode.exit_states(model, idx, 'gate', 1.0)[1] == 2).all()
+    for threshold, layer in ((0.9999, 0), (1.0, 2)):
+        steps = decode.stream(model, idx, 4, 0.0, exit_mode='gate', exit_threshold=threshold, decoder=decoder)
+        assert [left_at.item() for _, left_at in steps] == [2] + [layer] * 3
 
 
 def test_a6_saturation_is_at_most_one(make_model):

@@ -301,6 +301,25 @@ def test_a_cache_goes_on_where_it_stopped(shallow):
     assert_close(model(text()[:, 12:], past_key_values=past).logits, model(text()).logits[:, 12:])
 
 
+def test_a_padded_batch_goes_on_in_chunks_and_causally(shallow):
+    """Several tokens of each row continue a cache that has padding in it: as in one pass, and none sees a later one."""
+    model, _ = shallow
+    idx, mask = text(3), torch.ones(3, 20, dtype=torch.int64)
+    mask[0, :4] = mask[2, :9] = 0
+
+    def second_chunk(chunk):
+        past = model(idx[:, :12], attention_mask=mask[:, :12], use_cache=True).past_key_values
+        return model(chunk, attention_mask=mask, past_key_values=past).logits
+
+    logits = second_chunk(idx[:, 12:])
+    assert_close(logits, model(idx, attention_mask=mask).logits[:, 12:])
+    for t in (1, 4, 7):
+        changed = idx[:, 12:].clone()
+        changed[:, t] = (changed[:, t] + 1) % 256
+        new = second_chunk(changed)
+        assert torch.equal(new[:, :t], logits[:, :t]) and (new[:, t:] != logits[:, t:]).any(dim=-1).all()
+
+
 def test_a_cache_of_an_early_exit_is_not_continued_deeper(model):
     model.set_exit_layer(6)
     past = model(text()[:, :12], use_cache=True).past_key_values

@@ -1,6 +1,4 @@
-"""The model: sizes, losses (A7 and its parts), exits, skipping, and two gates that keep the future out of sight."""
-import contextlib
-import itertools
+"""The model: sizes, losses (A7 and its parts), exits, skipping."""
 import math
 from dataclasses import fields
 from typing import Literal, get_origin, get_type_hints
@@ -9,6 +7,7 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from conftest import KINDS, all_exits
 from torch.testing import assert_close
 
 import decode
@@ -19,17 +18,6 @@ from quant import BitLinear, HBitLinear, bit_linears
 
 PAPER_B = dict(n_layer=24, n_embd=2048, n_head=32, n_kv_head=8, ffn_dim=4096, ffn='swiglu', norm='rmsnorm',
                sub_norm=False, gate_dim=0)
-KINDS = ['fp', 'bitlinear', 'hbitlinear']
-
-
-def precision(dtype):
-    return contextlib.nullcontext() if dtype == 'float32' else torch.autocast('cpu', getattr(torch, dtype))
-
-
-def all_exits(model, idx, cache=None):
-    """Logits at every exit, (L, B, T, V)."""
-    states = enumerate(model.hidden_states(idx, cache=cache))
-    return torch.stack([model.head(model.exit_state(h, layer)) for layer, h in states])
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -114,6 +102,12 @@ def test_rope_depends_on_relative_positions_only():
         diagonal = products.diagonal(offset)
         assert_close(diagonal, diagonal[:1].expand_as(diagonal), rtol=1e-4, atol=1e-5)
     assert products[0].std() > 0.1  # and not of nothing
+
+
+def test_rope_of_a_model_has_the_base_of_its_settings(make_model):
+    rope = make_model(rope_theta=50.0).rope(3, 5)
+    for ours, whole in zip(rope, rope_table(8, 16, 50.0)):
+        assert torch.equal(ours, whole[3:8])
 
 
 def test_rope_is_the_rotation_of_complex_numbers():
@@ -211,10 +205,14 @@ def reference_losses(model, idx, targets):
     states = list(model.hidden_states(idx))
 
     def ce(layer):
-        h = states[layer] if c.exit_norm == 'none' and layer < L - 1 else model.norm(states[layer])
+        h, is_exit = states[layer], layer < L - 1
+        if is_exit and c.ee_adapter:
+            adapter = model.adapters[layer]
+            h = h + F.layer_norm(h, (c.n_embd,)) @ adapter.a.weight.T @ adapter.b.weight.T
+        h = h if is_exit and c.exit_norm == 'none' else model.norm(h)
         return F.cross_entropy(model.head(h).flatten(0, 1), targets.flatten())
 
-    w = [L - layer if c.ee_weighting == 'early' else layer + 1 for layer in range(L - 1)]
+    w = [{'early': L - layer, 'late': layer + 1, 'uniform': 1}[c.ee_weighting] for layer in range(L - 1)]
     ee = sum(w_l / sum(w) * ce(layer) for layer, w_l in enumerate(w))  # A4, B6
 
     matrices = [layer.weight for layer in model.linears() if isinstance(layer, BitLinear)]
@@ -235,10 +233,11 @@ def reference_losses(model, idx, targets):
 
 
 @pytest.mark.parametrize('kind', ['bitlinear', 'hbitlinear'])
-@pytest.mark.parametrize('ee_weighting, exit_norm', [('early', 'final'), ('late', 'final'), ('early', 'none')])
-def test_a7_losses_and_gradients_are_the_formulas(make_model, tokens, kind, ee_weighting, exit_norm):
-    model = make_model(linear=kind, lambda_ee=0.3, lambda_q=0.7, lambda_r=0.2, ee_weighting=ee_weighting,
-                       exit_norm=exit_norm)
+@pytest.mark.parametrize('settings', [{}, dict(ee_weighting='late'), dict(exit_norm='none'), dict(ee_adapter=3),
+                                      dict(ee_weighting='uniform', exit_norm='none', ee_adapter=3, n_layer=4),
+                                      dict(final_norm=False)], ids=str)
+def test_a7_losses_and_gradients_are_the_formulas(make_model, tokens, kind, settings):
+    model = make_model(linear=kind, lambda_ee=0.3, lambda_q=0.7, lambda_r=0.2, **settings)
     idx, targets, parameters = tokens(), tokens(seed=1), list(model.parameters())
     losses, reference = model(idx, targets)[1], reference_losses(model, idx, targets)
     for name, loss in losses.items():
@@ -249,12 +248,12 @@ def test_a7_losses_and_gradients_are_the_formulas(make_model, tokens, kind, ee_w
             assert_close(a, b, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize('share', [1.0, 0.3])
-def test_a4_sampled_exits_are_unbiased_in_loss_and_gradient(make_model, tokens, share):
+@pytest.mark.parametrize('share, distill', [(1.0, 0.0), (0.3, 0.0), (1.0, 0.7)])
+def test_a4_sampled_exits_are_unbiased_in_loss_and_gradient(make_model, tokens, share, distill):
     """Each exit learns from its own random share of the tokens; the mean over many draws is A4 on all of them, to
     four standard errors, and no draw is."""
-    exact = make_model(lambda_ee=1.0)
-    sampled = make_model(lambda_ee=1.0, ee_positions='sampled', ee_share=share).train()
+    exact = make_model(lambda_ee=1.0, ee_distill=distill)
+    sampled = make_model(lambda_ee=1.0, ee_positions='sampled', ee_share=share, ee_distill=distill).train()
     idx, targets = tokens(4, 8), tokens(4, 8, seed=1)
 
     def loss_and_gradient(model):
@@ -264,6 +263,14 @@ def test_a4_sampled_exits_are_unbiased_in_loss_and_gradient(make_model, tokens, 
     error = (draws.mean(dim=0) - expected) / (draws.std(dim=0) / 20 + 1e-9)
     assert error[0].abs() < 4 and error.square().mean() < 1.5
     assert (draws[:, 0] != expected[0]).all()
+
+
+@pytest.mark.parametrize('share, dealt', [(1.0, 100), (0.3, 30), (0.01, 3)])
+def test_a4_tokens_are_dealt_out_once(make_model, share, dealt):
+    """As many as ee_share says, but one to each exit at least."""
+    shares = make_model(ee_positions='sampled', ee_share=share).deal(torch.zeros(4, 25), 3)
+    assert len(torch.cat(shares).unique()) == sum(map(len, shares)) == dealt
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
 def test_a4_exits_of_weight_zero_are_off(make_model, tokens):
@@ -458,127 +465,24 @@ def test_a5_a_cache_in_training_mode_gets_no_holes(make_model, tokens, p):
         assert_close(torch.cat((model(idx[:, :5], cache=cache)[0], model(idx[:, 5:], cache=cache)[0]), 1), expected)
 
 
+def test_a5_the_last_layer_is_skipped_if_asked_for(make_model, tokens):
+    model = make_model(p_max=1.0, skip_schedule='uniform', skip_last=True).train()
+    assert torch.equal(model(tokens())[0], model.head(model.norm(model.embedding(tokens()))))
+
+
+def test_dropout_reaches_the_attention_weights(make_model, tokens):
+    x = torch.randn(2, 8, 32)
+    for dropout in (0.0, 0.3):
+        model = make_model(dropout=dropout, linear='fp').train()
+        a, b = (model.blocks[0].attn(x, model.rope(0, 8)) for _ in range(2))
+        assert torch.equal(a, b) == (dropout == 0)
+
+
 def test_dropout_is_off_in_eval(make_model, tokens):
     model, idx = make_model(dropout=0.5), tokens()
     assert torch.equal(model(idx)[0], make_model()(idx)[0])
     model.train()
     assert not torch.equal(model(idx)[0], model(idx)[0])
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# the causality gate
-
-@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
-@pytest.mark.parametrize('exit_norm', ['final', 'none'])
-@pytest.mark.parametrize('ffn', ['relu2', 'swiglu'])
-@pytest.mark.parametrize('norm', ['layernorm', 'rmsnorm'])
-@pytest.mark.parametrize('linear, product', [('fp', ''), *itertools.product(KINDS[1:], ['integer', 'fake'])])
-def test_causality(make_model, tokens, use_product, linear, product, norm, ffn, exit_norm, dtype):
-    """THE CAUSALITY GATE: token t changes no logit and no gate before t, not by a bit, at any exit. (The authors'
-    attention sees the future, and a perplexity near 1 on anything is what comes of it.)"""
-    use_product(product)
-    model, idx = make_model(linear=linear, norm=norm, ffn=ffn, exit_norm=exit_norm), tokens(2, 8)
-
-    def look(idx):
-        states = list(model.hidden_states(idx))
-        return all_exits(model, idx), model.gate_probabilities(states[:-1])
-
-    with torch.no_grad(), precision(dtype):
-        logits, gates = look(idx)
-        for t in (1, 4, 7):
-            changed = idx.clone()
-            changed[:, t] = (idx[:, t] + 1) % 31
-            new_logits, new_gates = look(changed)
-            assert torch.equal(new_logits[:, :, :t], logits[:, :, :t])
-            assert torch.equal(new_gates[:, :t], gates[:, :t])
-            assert (new_logits[:, :, t] != logits[:, :, t]).any(dim=-1).all()  # while token t itself matters
-            assert (new_logits[:, :, -1] != logits[:, :, -1]).any(dim=-1).all()  # to all that follows
-
-
-@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
-@pytest.mark.parametrize('linear', KINDS)
-def test_causality_with_a_cache(make_model, tokens, linear, dtype):
-    """The same inside a chunk of several tokens that continues a cache, where the mask is another one."""
-    model, idx = make_model(linear=linear), tokens(2, 12)
-
-    def second_chunk(idx):
-        cache = KVCache(model, 2)
-        model(idx[:, :5], cache=cache)
-        return all_exits(model, idx[:, 5:], cache=cache)
-
-    with torch.no_grad(), precision(dtype):
-        logits = second_chunk(idx)
-        for t in (1, 3, 6):
-            changed = idx.clone()
-            changed[:, 5 + t] = (idx[:, 5 + t] + 1) % 31
-            new = second_chunk(changed)
-            assert torch.equal(new[:, :, :t], logits[:, :, :t])
-            assert (new[:, :, t:] != logits[:, :, t:]).any(dim=-1).all()
-
-
-def test_causality_holds_for_gradients(make_model, tokens):
-    """No gradient flows from the logits at t to the embeddings after t."""
-    model, idx = make_model(linear='fp'), tokens(1, 8)
-    h = model.embedding(idx).detach().requires_grad_()
-    out, rope = h, model.rope(0, 8)
-    for block in model.blocks:
-        out = block(out, rope)
-    grad, = torch.autograd.grad(out[0, 3].sum(), h)
-    assert grad[0, :4].any(dim=-1).all() and not grad[0, 4:].any()
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# the entropy gate
-
-def train_on(stream, linear, V=16, B=16, T=16):
-    """Train all exits of a small model on fresh text at every step; return its token losses on more of it, (L, N)."""
-    model = BitSkip(BitSkipConfig(vocab_size=V, block_size=T, n_layer=2, n_head=2, n_kv_head=1, n_embd=32, ffn_dim=64,
-                                  linear=linear, lambda_ee=0.3, p_max=0.5, gate_dim=4, target_exit=1))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    for _ in range(150):
-        text = stream(B, T + 1, V)
-        model(text[:, :-1], text[:, 1:], return_logits=False)[1]['total'].backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    model.eval()
-    text = stream(256, T + 1, V)
-    with torch.no_grad():
-        return torch.stack([F.cross_entropy(logits.flatten(0, 1), text[:, 1:].flatten(), reduction='none')
-                            for logits in all_exits(model, text[:, :-1])])
-
-
-def noise(B, T, V):
-    return torch.randint(V, (B, T))
-
-
-def counting(B, T, V):
-    return (torch.randint(V, (B, 1)) + torch.arange(T)) % V
-
-
-@pytest.mark.parametrize('linear', KINDS)
-def test_entropy(linear):
-    """THE ENTROPY GATE: fresh i.i.d. uniform tokens cannot be predicted, so no exit ever gets below ln V.
-
-    The tolerance: whatever the model predicts, it does so without knowing the target, so its expected loss is at
-    least ln V (Gibbs). The mean over N tokens has the standard error std / sqrt(N); five of these are allowed."""
-    losses = train_on(noise, linear)
-    allowed = 5 * losses.std(dim=1) / losses.shape[1] ** 0.5
-    assert (losses.mean(dim=1) >= math.log(16) - allowed).all()
-    assert (allowed < 0.02).all()
-
-
-@pytest.mark.parametrize('linear', KINDS)
-def test_entropy_gate_can_fail(linear):
-    """The same training does learn what can be predicted, at every exit."""
-    assert (train_on(counting, linear).mean(dim=1) < 0.2 * math.log(16)).all()
-
-
-def test_entropy_gate_notices_a_model_that_sees_the_future(monkeypatch):
-    """With attention to all tokens, as in the authors' code, the next token is simply copied, be it noise or not."""
-    attention = F.scaled_dot_product_attention
-    monkeypatch.setattr(F, 'scaled_dot_product_attention',
-                        lambda *args, **options: attention(*args, **options | {'is_causal': False}))
-    assert (train_on(noise, 'fp').mean(dim=1) < 0.4 * math.log(16)).all()
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -676,6 +580,18 @@ def test_foresight_loss_is_the_formula(make_model, tokens, kind):
     assert {name.split('.')[0] for name, p in model.named_parameters() if p.grad is not None} == {'gates'}
 
 
+def test_foresight_gates_ask_about_their_own_exits(make_model, tokens, monkeypatch):
+    """Each gate, given all tokens, learns how far the prediction of its own exit is from the last."""
+    model, idx = make_model(n_layer=4, ee_adapter=3, gate_loss='divergence', lambda_r=1.0), tokens(4, 16)
+    monkeypatch.setattr(model, 'deal', lambda tokens, n: [torch.arange(tokens.numel())] * n)
+    states, logits, expected = list(model.hidden_states(idx)), all_exits(model, idx).log_softmax(-1), []
+    for layer in range(3):
+        D = -model.gates[layer](states[layer]).log()
+        asked = F.kl_div(logits[layer], logits[3], reduction='none', log_target=True).sum(-1)
+        expected.append((D - asked * D.log()).mean())
+    assert_close(losses_of(model, idx, idx)['route'], torch.stack(expected).mean())
+
+
 @pytest.mark.parametrize('exits', [{}, {'exit_norm': 'none'}, {'ee_adapter': 4}], ids=str)
 def test_tokens_that_leave_in_training_are_those_of_decoding(make_model, tokens, monkeypatch, exits):
     """Their states above are frozen, later tokens attend to these, and they are read off as at their exit, all as
@@ -698,19 +614,6 @@ def test_tokens_that_leave_in_training_are_those_of_decoding(make_model, tokens,
 def test_projections_have_the_settings_of_the_config(make_model):
     model = make_model(linear='hbitlinear', act_bits=4, linear_norm='rmsnorm')
     assert all(layer.act_bits == 4 and layer.linear_norm == 'rmsnorm' for layer in model.linears())
-
-
-@pytest.mark.parametrize('options', [dict(dropout=0.2), dict(ee_leave=0.5, lambda_ee=0.3), dict(p_max=0.5)], ids=str)
-def test_causality_in_training(make_model, tokens, options):
-    """THE CAUSALITY GATE, with what only training has: nothing drawn at random makes the past depend on the future."""
-    model, idx = make_model(linear='fp', **options).train(), tokens(2, 8)
-    changed = idx.clone()
-    changed[:, 5] = (idx[:, 5] + 1) % 31
-    looks = []
-    for each in (idx, changed):
-        torch.manual_seed(0)
-        looks.append(model(each)[0])
-    assert torch.equal(looks[0][:, :5], looks[1][:, :5]) and not torch.equal(looks[0], looks[1])
 
 
 def test_tokens_leave_in_training_passes_alone(make_model, tokens):

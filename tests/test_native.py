@@ -10,7 +10,7 @@ import torch
 from torch.testing import assert_close
 
 import native
-from decode import stream
+from decode import EXIT_MODES, exit_score, stream
 from packed import int8_rows, to_ternary
 
 KINDS = {
@@ -32,6 +32,7 @@ KINDS = {
     'heads of 64, 1:1': dict(n_head=2, n_kv_head=2, n_embd=128, ffn_dim=300),
     'heads of 32, 4:1': dict(n_head=4, n_kv_head=1, n_embd=128, ffn_dim=512),
     'one layer': dict(n_layer=1),
+    'many words': dict(vocab_size=300),
 }
 MIXED = ['bitlinear', 'hadamard, paper B', 'odd widths', 'adapters']
 kinds = pytest.mark.parametrize('kind', KINDS)
@@ -124,6 +125,35 @@ def test_tokens_do_leave_at_different_layers(make, mode, threshold):
         assert layers == [2] + [layer] * 4  # the prompt runs in full
 
 
+@pytest.mark.parametrize('kind', ['bitlinear', 'many words', 'adapters, raw exits'])
+@pytest.mark.parametrize('mode', EXIT_MODES)
+def test_scores_are_the_models(make, kind, mode):
+    """A token leaves at a threshold a bit below what PyTorch says it scores, and stays at one a bit above."""
+    model, decoder = make(kind)
+    decoder = decoder()
+    for token in range(7, model.config.vocab_size, 40):
+        h = next(model.hidden_states(torch.tensor([[token]]))).detach()
+        score = exit_score(model, h, model.embedding.weight[token], 0, mode).item()
+        for threshold, leaves in ((score - 0.01 * abs(score), True), (score + 0.01 * abs(score), False)):
+            decoder.reset()
+            layer = decoder.step([token], exit_mode=mode, exit_threshold=threshold)[1]
+            assert (layer == 0) == leaves, (token, score)
+
+
+def test_saturation_is_at_most_one(make):
+    """Blocks that do next to nothing: rounding may take a cosine above 1, which is no reason to leave."""
+    model, decoder = make('many words')
+    with torch.no_grad():
+        for block in model.blocks:
+            block.attn.sub_norm.weight.mul_(1e-5)
+            block.ffn.sub_norm.weight.mul_(1e-5)
+    decoder = decoder()
+    for token in range(300):
+        decoder.reset()
+        assert decoder.step([token], exit_mode='saturation', exit_threshold=1.0)[1] == 2
+        assert decoder.step([token], exit_mode='saturation', exit_threshold=0.999)[1] == 0
+
+
 def test_the_head_is_exact_at_the_ends_of_its_range(make):
     """255 * 127 in every column: sums that overflow 16 bits, where an instruction set saturates."""
     model, decoder = make('raw exits')
@@ -185,11 +215,12 @@ def test_tokens_together_or_one_by_one(make, kind, chunks):
     assert torch.equal(parts.states[-1], whole.states[-1])
 
 
-@mixed
-def test_later_tokens_change_nothing(make, kind):
+@kinds
+@pytest.mark.parametrize('head', ['int8', 'fp32'])
+def test_later_tokens_change_nothing(make, kind, head):
     """Causality: a changed token leaves every logit before it as it was."""
     model, decoder = make(kind)
-    text, decoder = texts(model, 1, 40)[0], decoder()
+    text, decoder = texts(model, 1, 40)[0], decoder(head=head)
     expected, _ = decoder.step(text, n_logits=40)
     for t in (1, 15, 16, 39):
         changed = text.clone()

@@ -71,9 +71,11 @@ def test_storage_takes_1_61_bits_a_weight_and_62_mb_for_paper_a():
     assert sum(t.numel() * t.element_size() for t in state.values()) <= 62e6
 
 
-def test_causality_of_the_packed_model(make_model, tokens):
+@kinds
+@pytest.mark.parametrize('head', ['int8', 'fp32'])
+def test_causality_of_the_packed_model(make_model, tokens, kind, head):
     """The gate: a changed token leaves every earlier logit as it was, bit for bit."""
-    model, idx = to_ternary(make_model(linear='hbitlinear')), tokens(2, 12)
+    model, idx = to_ternary(make_model(ee_adapter=3, **kind), head), tokens(2, 12)
     for t in range(1, 12):
         changed = idx.clone()
         changed[:, t] = (changed[:, t] + 1) % 31

@@ -153,6 +153,17 @@ def test_evaluation_is_sharded(make_model):
     torch.testing.assert_close(sum(shares), sums(0, 1))
 
 
+@pytest.mark.parametrize('n', [0, 1, 2])
+def test_evaluation_needs_a_token_to_predict(make_model, n):
+    model, tokens = make_model(), torch.zeros(n, dtype=torch.int64).numpy().astype('uint16')
+    if n < 2:
+        with pytest.raises(ValueError, match=f'{n} tokens have no next token'):
+            evaluate(model, tokens)
+    else:
+        logits = model(torch.zeros(1, 1).long())[0][0, 0]
+        assert evaluate(model, tokens) == pytest.approx([-logits.log_softmax(-1)[0].item()])
+
+
 # ---- a run
 
 def distance(a, b):

@@ -16,7 +16,7 @@ from conftest import text_folder
 
 import checkpoint
 import train
-from configurator import UserError
+from configurator import UserError, configure
 from prepare import data_of
 from quant import latent_weights
 from train import TrainSettings, get_lr
@@ -177,6 +177,32 @@ def test_micro_batches_follow_from_seed_step_and_number_alone(text):
     assert len({tuple(other.tolist()) for other in others}) == 80
 
 
+def test_a_step_has_the_exit_weights_of_its_settings(text, monkeypatch):
+    """Weighting (A4, B6), curriculum and ramp: what the model gets in step 6 of 12."""
+    given, losses = [], train.BitSkip.losses
+    monkeypatch.setattr(train.BitSkip, 'losses', lambda self, *args: given.append(args[-1]) or losses(self, *args))
+    for settings, expected in (({}, [3 / 5, 2 / 5]), (dict(ee_weighting='late'), [1 / 3, 2 / 3]),
+                               (dict(ee_weighting='uniform', ee_ramp='up'), [1 / 4, 1 / 4]),
+                               (dict(ee_weighting='late', ee_ramp='down'), [1 / 6, 1 / 3]),
+                               (dict(ee_curriculum='rotational'), [1, 0])):
+        training = train.Run(configure(TrainSettings, flags(**settings)))
+        training.module = training.model
+        training.forward_backward(6)
+        assert given.pop().tolist() == pytest.approx(expected), settings
+
+
+def test_the_optimizer_gets_the_settings_and_clipped_gradients(text, monkeypatch):
+    norms = []
+    monkeypatch.setattr(torch.optim.AdamW, 'step', lambda self, *_: norms.append(torch.cat(
+        [p.grad.flatten() for group in self.param_groups for p in group['params'] if p.grad is not None]).norm()))
+    for clip in (1e-3, 0):
+        training = train.Run(configure(TrainSettings, flags(grad_clip=clip, beta1=0.8, beta2=0.7)))
+        training.start()
+        training.train()
+    assert {group['betas'] for group in training.optimizer.param_groups} == {(0.8, 0.7)}
+    assert norms[:12] == pytest.approx([1e-3] * 12, rel=1e-3) and min(norms[12:]) > 0.01
+
+
 class Board:
     """In the place of a package: what train.py showed it."""
 
@@ -233,6 +259,18 @@ def test_patience_stops_a_run_that_does_not_improve(text):
     train.main(flags(learning_rate=0, patience=2, max_iters=40))
     evaluations = [entry for entry in log() if 'val_loss' in entry]
     assert [entry['iter'] for entry in evaluations] == [4, 8, 12]  # the first one is the best, two are no better
+
+
+def test_patience_and_the_best_loss_outlast_an_interruption(text):
+    """A resumed run does not take the first model that it evaluates for its best, nor count from the start."""
+    train.main(flags(max_iters=4, patience=2))
+    state = checkpoint.load('out/run/last.pt')
+    state['progress'].update(val_loss=0.5, bad_evals=1)  # as if it had been better before
+    checkpoint.save('out/run/last.pt', state)
+    best = Path('out/run/ckpt.pt').read_bytes()
+    train.main(['--out_dir=out/run', '--init_from=resume', '--max_iters=40'])
+    assert [entry['iter'] for entry in log() if 'val_loss' in entry] == [4, 8]  # one more was too many
+    assert Path('out/run/ckpt.pt').read_bytes() == best and log()[-1]['best'] == 0.5
 
 
 def test_divergence_stops_with_step_checkpoint_and_advice(text):
