@@ -35,9 +35,20 @@ from train import TrainSettings, make_optimizer
 PAPER_A = dict(n_layer=12, n_embd=512, n_head=8, n_kv_head=4, ffn_dim=2048, vocab_size=50257, block_size=512, B=4)
 PAPER_B = dict(n_layer=24, n_embd=2048, n_head=32, n_kv_head=8, ffn_dim=4096, vocab_size=50257, block_size=512, B=1,
                ffn='swiglu', norm='rmsnorm', sub_norm=False)
-CPU = dict(n_layer=12, n_embd=128, n_head=4, n_kv_head=2, ffn_dim=512, vocab_size=256, block_size=256, B=8)
 SMALL = dict(n_layer=6, n_embd=256, n_head=4, n_kv_head=2, ffn_dim=1024, vocab_size=256, block_size=256, B=16)
 TINY = SMALL | dict(B=2)  # for --quick
+
+
+
+def config(name, settings):
+    """What this config file sets, on top of settings."""
+    return read_config(str(Path(__file__).with_name('config') / name), settings)
+
+
+COMPOSE = config('compose.py', asdict(TrainSettings()))
+CPU = config('cpu.py', asdict(TrainSettings()) | COMPOSE)
+CPU = {name: value for name, value in CPU.items() if hasattr(BitSkipConfig, name)} | dict(
+    vocab_size=256, B=CPU['batch_size'])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -123,7 +134,6 @@ def exit_share(at_5, full, at_0):
 # name: (figure, its target, rounds, {case: (function, shape, settings)}); A is the first case, B the second
 Benchmark = namedtuple('Benchmark', 'figure target rounds cases')
 EE = dict(lambda_ee=0.3)
-COMPOSE = read_config(str(Path(__file__).with_name('config') / 'compose.py'), asdict(TrainSettings()))
 
 
 def train_pair(shape, dtype, a='bitlinear', b='fp'):
@@ -131,7 +141,7 @@ def train_pair(shape, dtype, a='bitlinear', b='fp'):
 
 
 def compose_pair(shape, **changes):
-    return {'compose': (training, shape, COMPOSE | dict(gate_dim=32) | changes),
+    return {'compose': (training, shape, COMPOSE | dict(gate_dim=32) | shape | changes),
             'H-only': (training, shape, dict(linear='hbitlinear', lambda_r=0.0))}
 
 
@@ -147,7 +157,7 @@ BENCHMARKS = {
         'all exits': (training, PAPER_A, EE), 'no exits': (training, PAPER_A, {})}),
     'exits, sampled': Benchmark(ratio, '<= 1.35', 3, {
         'sampled exits': (training, PAPER_A, EE | dict(ee_positions='sampled')), 'no exits': (training, PAPER_A, {})}),
-    'compose, 2.3M': Benchmark(ratio, '<= 1.15', 45, compose_pair(CPU, ee_positions='all')),
+    'compose, 2.3M': Benchmark(ratio, '<= 1.15', 45, compose_pair(CPU)),
     'compose, 86M': Benchmark(ratio, '<= 1.15', 3, compose_pair(PAPER_A)),
     'compose, 86M, a quarter of them': Benchmark(ratio, '<= 1.15', 3, compose_pair(PAPER_A, ee_share=0.25)),
     'layer skipping': Benchmark(skipped_share, '>= 0.80', 9, {
