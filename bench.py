@@ -39,7 +39,6 @@ SMALL = dict(n_layer=6, n_embd=256, n_head=4, n_kv_head=2, ffn_dim=1024, vocab_s
 TINY = SMALL | dict(B=2)  # for --quick
 
 
-
 def config(name, settings):
     """What this config file sets, on top of settings."""
     return read_config(str(Path(__file__).with_name('config') / name), settings)
