@@ -3,7 +3,7 @@ The papers' experiments (experiments.py): train every cell of a table, then set 
 
     python ablate.py --table=A2 --seeds=3              Paper A's four cells at the scale of two CPU cores
     python ablate.py --table=A2 --scale=paper          the same at Paper A's own scale: needs a GPU
-    python ablate.py --table=all --seeds=3             everything, ten hours of two cores
+    python ablate.py --table=all --seeds=3             everything, twelve hours of two cores
     python tables.py                                   print what is known by now
 
 A cell is a command line of train.py, and nothing else; a run is a cell with a learning rate and a seed. Each run leaves

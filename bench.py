@@ -250,7 +250,7 @@ class BenchSettings:
     """Measures speed and memory on a CPU."""
     quick: bool = False  # small shapes, under a minute
     only: str = ''  # run the benchmarks with this in their names
-    json: str = ''  # where to write the figures, beside those that are there; empty: results/bench.json
+    json: str = ''  # where to write the figures, beside others; empty: results/bench.json (quick: bench.json)
     memory_of: str = ''  # (used for its own processes) print the peak memory of this case of --only
 
 

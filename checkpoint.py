@@ -6,7 +6,8 @@ Runs on disk. A run is a folder out/<name>/ with
     log.jsonl   the settings, then one line of metrics per log step
 
 Every file is written aside, flushed to disk and renamed, so that whatever happens, what stands under a name is whole:
-either the old content or the new. Checkpoints hold tensors and plain values only and load with weights_only=True,
+either the old content or the new. (But for log.jsonl, to which lines are added: an accident may leave half of the
+last.) Checkpoints hold tensors and plain values only and load with weights_only=True,
 so a checkpoint from a stranger cannot run code.
 """
 import contextlib

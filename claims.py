@@ -52,7 +52,8 @@ CLAIMS = [
           'all three × {norm: H-BitLinear, LayerNorm, init 1 / BitLinear, no norm, init 0.1}, without the transform '
           '× {norm: BitLinear, LayerNorm, init 1 / BitLinear, no norm, init 0.1}'),
     Claim('exits cost 10%, with Hadamard 17% (A, Table 2)',
-          "unknown; exits that learn the current token, as in the authors' code, do no harm to full depth here either",
+          "unknown; exits that learn the current token, as in the authors' code, do no harm to full depth here either "
+          '(under the final norm)',
           "× {A2: EE-only / Baseline}, with Hadamard × {A2: BitSkip (H+EE) / H-only}; with the authors' labels "
           'at the exits × {cliff: unshifted labels, final norm / shifted labels, final norm} more'),
     Claim('the same', 'all four cells have the routing loss, which harms those without exits more',
@@ -89,7 +90,7 @@ CLAIMS = [
           'λ_r = 0.2 against 0: × {A6: 0.2 / 0} after 200 steps, × {compose: H-only / H-only, no routing loss} for '
           'H-only in full'),
     Claim('λ_q = 0.05 is best, by up to 2% (A, Table 7)',
-          'A8 is a mean over all weights, so its gradient is some 1e-5 of the whole, and 1e-7 at the start '
+          'A8 is a mean over all weights, so with λ_q 0.2 its gradient is 2e-5 of the whole, 1e-6 at the start '
           '(`test_quant.py:test_a8_hardly_reaches_the_weights`): all rows are one experiment, but for rounding',
           'λ_q = 0.05 against 0: × {A7: 0.05 / 0}, 0.2 against 0: × {A7: 0.2 / 0}, which is how far chance goes in 200 '
           'steps'),

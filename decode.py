@@ -4,8 +4,8 @@ Decoding: a key-value cache, and tokens that leave the model at different layers
 With a cache a new token costs one pass of itself alone; the keys and values of the tokens before it are read back, not
 computed again. Early exit adds a difficulty: a token that left at layer l has no keys and values above l, but later
 tokens that go deeper will want to attend to it there. We compute them from the state it left with, h_l, as CALM does
-("state propagation"): the two small projections k and v of each block above, and nothing else. So the cache never has
-a hole, and above its exit a token costs 1/11 of a block's multiplications (Paper A's shape).
+("state propagation", Schuster et al., 2022): the two small projections k and v of each block above, and nothing else.
+So the cache never has a hole, and above its exit a token costs 1/11 of a block's multiplications (Paper A's shape).
 
     exit_layer = k              every token leaves after block k
     exit_mode = 'gate'          at the first l with p_l > threshold (A6)

@@ -2,7 +2,7 @@
 What a trained model can do at each of its exits, and what its ternary weights look like.
 
     python eval_exits.py                            the newest run
-    python eval_exits.py --out_dir=out/... --json=exits.json --split=test
+    python eval_exits.py --out_dir=out/... --json=exits.json --split=train
     python eval_exits.py --speculate=True           also: which exit should draft, and how much (speculate.py)
 
 Prints, with the papers' own figures beside ours, and writes as JSON and PNG:
