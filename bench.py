@@ -263,9 +263,10 @@ def main(argv):
         function = make(shape, **settings)
         function(), function()
         return print(own_peak())
-    chosen = {name: b for name, b in (QUICK if s.quick else BENCHMARKS).items() if s.only in name}
+    there = QUICK if s.quick else BENCHMARKS
+    chosen = {name: benchmark for name, benchmark in there.items() if s.only in name}
     if not chosen:
-        raise UserError(f"no benchmark has '{s.only}' in its name; there are: {'; '.join(everything)}")
+        raise UserError(f"no benchmark has '{s.only}' in its name; there are: {'; '.join(there)}")
     path = s.json or ('bench.json' if s.quick else 'results/bench.json')
     report = json.loads(Path(path).read_text()) if Path(path).exists() else {'benchmarks': {}}
     here = {'commit': commit(),

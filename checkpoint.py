@@ -94,8 +94,9 @@ def save(path, checkpoint):
 def load(path, device='cpu'):
     """The dict that `save` wrote, on `device`. UserError if the file is missing, damaged, or something else."""
     if not os.path.isfile(path):
-        raise UserError(f'there is no checkpoint {path}; '
-                        'python train.py config/bitskip_h_ee.py config/cpu.py makes one')
+        hint = ('without --init_from=resume training starts from scratch' if os.path.basename(path) == 'last.pt' else
+                'python train.py config/bitskip_h_ee.py config/cpu.py makes one, and python pack.py a packed one')
+        raise UserError(f'there is no checkpoint {path}; {hint}')
     try:
         with zipfile.ZipFile(path) as archive:  # torch's format: an archive with a checksum for every tensor
             if sum(record.file_size for record in archive.infolist()) > os.path.getsize(path):
@@ -103,9 +104,11 @@ def load(path, device='cpu'):
             if archive.testzip():
                 raise zipfile.BadZipFile('a checksum is wrong')
         checkpoint = torch.load(path, map_location=device, weights_only=True)
-    except PermissionError:
+    except (PermissionError, MemoryError):
         raise
     except Exception as error:  # reading arbitrary bytes can fail in any way
+        if 'allocate memory' in str(error) or 'out of memory' in str(error):
+            raise
         raise UserError(f'{path} is damaged or not a checkpoint ({" ".join(str(error).split())[:80]}); '
                         'copy it again or train anew') from None
     expected = {'model', 'settings', 'meta', 'progress'}

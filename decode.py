@@ -124,8 +124,14 @@ class Decoder:
     def step(self, tokens, n_logits=1, exit_layer=None, exit_mode=None, exit_threshold=0.5):
         """tokens (B, T) int64, the next ones -> logits (B n_logits, V) of the last n_logits, exit layers (B,) int64.
 
-        With an exit_mode a single token may leave before exit_layer; more of them run to it, in one pass."""
+        With an exit_mode a single token may leave before exit_layer; more of them run to it, in one pass. ValueError on
+        what the model cannot do."""
         last, T = self.model.require_layer(exit_layer), tokens.shape[1]
+        require_exits(exit_mode, bool(self.model.gates))
+        if not 0 <= n_logits <= T:
+            raise ValueError(f'n_logits is 0 to {T}, the number of these tokens, got {n_logits}')
+        if self.length + T > self.model.config.block_size:
+            raise ValueError(f'{self.length + T} tokens do not fit into block_size={self.model.config.block_size}')
         if exit_mode is not None and T == 1:
             self.states, logits, layers = step_with_exits(self.model, tokens, self.cache, last, exit_mode,
                                                           exit_threshold)
@@ -182,7 +188,7 @@ def require_exits(exit_mode, has_gates):
     if exit_mode not in (None, *EXIT_MODES):
         raise ValueError(f'exit_mode is one of {", ".join(map(repr, EXIT_MODES))}, got {exit_mode!r}')
     if exit_mode == 'gate' and not has_gates:
-        raise ValueError("this model has no gates (gate_dim=0); exit_mode='saturation' needs none")
+        raise ValueError("this model has no gates; exit_mode='saturation' needs none")
 
 
 def require_sampling(idx, temperature, top_k):

@@ -27,6 +27,7 @@ import torch
 import checkpoint
 from configurator import UserError, configure, run
 from eval_exits import bits_per_byte, evaluate, measure_speed, perplexity
+from native import UNPACKABLE
 from packed import to_ternary
 from prepare import data_of
 from runtime import keep_freed_memory
@@ -58,9 +59,12 @@ def main(argv):
     if os.path.exists(hf_dir):
         raise UserError(f'{hf_dir} is there already; move it away, or name another folder: --hf_dir=...')
     model, settings = checkpoint.load_checkpoint(os.path.join(out_dir, 'ckpt.pt'))
+    if not model.config.causal:
+        raise UserError(f'{out_dir} holds a model that sees the future (causal=False), which cannot decode')
     if s.weights == 'packed':
-        if model.config.linear == 'fp':
-            raise UserError(f"{out_dir} holds a full-precision model (linear='fp'): it has no ternary weights to pack")
+        if model.config.linear in UNPACKABLE:
+            raise UserError(f'{out_dir} holds a model with linear={model.config.linear!r}: it has no ternary weights '
+                            'to pack; --weights=latent exports it as it is')
         model = to_ternary(model)
     tokenizer = get_tokenizer(*checkpoint.told(settings['meta'], 'tokenizer'))
 

@@ -79,7 +79,11 @@ def load(folder):
             return ctypes.CDLL(str(path))
     if not compiler:
         raise BuildError('there is no C compiler here (cc, gcc or clang, or what CC names)')
-    compile_library(shlex.split(compiler), path)
+    try:
+        command = shlex.split(compiler)
+    except ValueError as error:
+        raise BuildError(f'CC={compiler!r} is no command: {error}') from None
+    compile_library(command, path)
     try:
         return ctypes.CDLL(str(path))
     except OSError as error:
@@ -227,9 +231,10 @@ class Decoder:
         self.reset()
 
     def keep(self, tensor):
-        """The address of a tensor on the CPU, which lives as long as this decoder."""
+        """The address of a tensor on the CPU, floats in float32, which lives as long as this decoder."""
         if tensor is None:
             return None
+        tensor = tensor.float() if tensor.is_floating_point() else tensor
         self.tensors.append(tensor.detach().cpu().contiguous())
         return self.tensors[-1].data_ptr()
 

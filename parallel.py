@@ -25,6 +25,8 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+from configurator import UserError
+
 
 class Processes:
     """The processes that train together: one, or those that torchrun started (gloo on CPU, nccl on CUDA)."""
@@ -52,11 +54,23 @@ class Processes:
 
     def any(self, flag):
         """Whether `flag` is true in one of them: a bool, the same on each."""
-        return self.sum(torch.tensor(float(flag), device=self.device)).item() > 0
+        return self.sum(torch.tensor(float(bool(flag)), device=self.device)).item() > 0
 
     def barrier(self):
         if self.world > 1:
             dist.barrier()
+
+    def first_then_all(self, work):
+        """What work() returns in each process; the main one does it first, and the others find it done. If it fails
+        there with a UserError, these end without a word."""
+        error = result = None
+        try:
+            result = work() if self.is_main else None
+        except UserError as failure:
+            error = failure
+        if self.any(error):
+            raise error or SystemExit(2)
+        return result if self.is_main else work()
 
     def close(self):
         """Wait for all, then stop the threads that exchange tensors: one that drops a tensor while Python shuts down

@@ -41,8 +41,10 @@ def experiments(plt, scale):
     for (label, several), color in zip(cells.items(), COLORS):
         if not several:
             continue
-        steps = smooth([step for step, _ in several[0]['train']])
-        band(losses, steps, [smooth([loss for _, loss in r['train']]) for r in several], color, label)
+        curves = [smooth([loss for _, loss in r['train']]) for r in several]
+        shared = min(map(len, curves))  # patience may have stopped some runs earlier
+        steps = smooth([step for step, _ in several[0]['train']])[:shared]
+        band(losses, steps, [curve[:shared] for curve in curves], color, label)
         layers = range(len(several[0]['exits']))
         band(exits, layers, list(map(relative_exits, several)), color, label)
         band(spread, layers, [r['activation_std'] for r in several], color, label)

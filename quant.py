@@ -146,10 +146,13 @@ def int8_support(device_type):
 
 
 def int8_fits(x, w):
-    """Whether torch._int_mm takes these shapes: any on the CPU; on CUDA over 16 rows and multiples of 8."""
+    """Whether torch._int_mm takes these shapes: on the CPU any (but of inner width 1 it makes garbage); on CUDA over 16
+    rows and multiples of 8."""
     if not int8_support(x.device.type)[0]:
         return False
-    return x.device.type == 'cpu' or (x.numel() // x.shape[-1] > 16 and w.shape[0] % 8 == w.shape[1] % 8 == 0)
+    if x.device.type == 'cpu':
+        return w.shape[1] > 1
+    return x.numel() // x.shape[-1] > 16 and w.shape[0] % 8 == w.shape[1] % 8 == 0
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ import contextlib
 import ctypes
 import os
 import platform
+import shutil
 import signal
 import subprocess
 import sys
@@ -62,9 +63,12 @@ def keep_freed_memory():
 
 
 def commit():
-    """The commit that the code is at, with a + where it differs from that."""
-    head = subprocess.run(['git', 'rev-parse', '--short', 'HEAD'], capture_output=True, text=True).stdout.strip()
-    differs = subprocess.run(['git', 'diff', '--quiet', 'HEAD', '--', '*.py', '*.c'], capture_output=True).returncode
+    """The commit that the code is at, with a + where it differs from that; '' without git."""
+    if shutil.which('git') is None:
+        return ''
+    options = dict(capture_output=True, text=True, cwd=os.path.dirname(os.path.abspath(__file__)))
+    head = subprocess.run(['git', 'rev-parse', '--short', 'HEAD'], **options).stdout.strip()
+    differs = subprocess.run(['git', 'diff', '--quiet', 'HEAD', '--', '*.py', '*.c'], **options).returncode
     return head + '+' * (differs == 1)
 
 

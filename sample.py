@@ -19,7 +19,7 @@ import torch
 
 import checkpoint
 from configurator import UserError, configure, run
-from decode import stream
+from decode import Decoder, stream
 from native import fast_decoder
 from runtime import pick_device
 from speculate import speculate
@@ -91,7 +91,8 @@ def main(argv):
             model, decoder, how = fast_decoder(trained)
             otherwise = '' if model is trained else ' (--packed=False for the model as it was trained)'
             print(f'decoding: {how}{otherwise}')
-        options = dict(temperature=s.temperature, top_k=s.top_k, generator=generator, decoder=decoder)
+        options = dict(temperature=s.temperature, top_k=s.top_k, generator=generator,
+                       decoder=decoder or Decoder(model))  # one for all samples, which come one after another
         texts = [speculate(model, prompt_ids, s.max_new_tokens, s.draft_layer, s.draft_len, **options) if drafting else
                  stream(model, prompt_ids, s.max_new_tokens, exit_layer=s.exit_layer, exit_mode=exit_mode,
                         exit_threshold=s.exit_threshold, **options) for _ in range(s.num_samples)]  # (not begun yet)

@@ -235,10 +235,10 @@ def caption(name):
 
 
 def update(text, scale='cpu'):
-    """`text` with every table between its marks made anew."""
+    """`text` with every table between its marks made anew; one of which nothing has been measured stays."""
     def replace(match):
         table = markdown(match[1], scale)
-        return f'<!-- table: {match[1]} -->\n' + f'*{caption(match[1])}*\n\n{table}\n' * bool(table) + '<!-- end -->'
+        return f'<!-- table: {match[1]} -->\n*{caption(match[1])}*\n\n{table}\n<!-- end -->' if table else match[0]
     return re.sub(r'<!-- table: (\S+) -->\n.*?<!-- end -->', replace, text, flags=re.DOTALL)
 
 
@@ -251,9 +251,12 @@ class TablesSettings:
 
 def main(argv):
     s = configure(TablesSettings, argv)
+    if s.readme and s.scale != 'cpu':
+        raise UserError(f'the pages tell of the CPU scale; without --readme, tables of the {s.scale} scale are printed')
+    if not list(Path('results', s.scale).glob('*.json')):
+        raise UserError(f'there are no results at the {s.scale} scale: python ablate.py --table=A2 --scale={s.scale} '
+                        'measures some')
     made = {name: text for name in MAKE if (text := markdown(name, s.scale))}
-    if not made:
-        raise UserError(f'there are no results at the {s.scale} scale: python ablate.py --table=A2 measures some')
     for name, text in made.items():
         print(f'\n{caption(name)}\n{text}')
     for page in PAGES if s.readme else ():

@@ -75,9 +75,9 @@ class TrainSettings(BitSkipConfig):
     seed: int = 7  # of everything random
 
     def __post_init__(self):
-        super().__post_init__()
         if self.freeze:  # what is learned is learned from the model as it is used
             self.p_max = self.dropout = self.ee_leave = 0.0
+        super().__post_init__()
         if not 1 <= self.batch_size <= 2 ** 20:
             raise ValueError(f'batch_size is 1 to {2 ** 20}, got {self.batch_size}')
         for name in ('gradient_accumulation_steps', 'max_iters', 'eval_interval', 'log_interval'):
@@ -175,11 +175,7 @@ class Run:
         if s.fsdp and self.world == 1:
             raise UserError('--fsdp=True lets several processes share a model: start them with torchrun, as in '
                             'torchrun --nproc_per_node=2 train.py ... --fsdp=True')
-        if not self.processes.is_main:
-            self.processes.barrier()  # one process prepares the data, then the others find them there
-        folder = prepare(s.dataset, s.tokenizer, s.source, s.data_dir)
-        if self.processes.is_main:
-            self.processes.barrier()
+        folder = self.processes.first_then_all(lambda: prepare(s.dataset, s.tokenizer, s.source, s.data_dir))
         self.meta = load_meta(folder)
         self.train_tokens, self.val_tokens = load_tokens(folder, 'train'), load_tokens(folder, 'val')
         if len(self.train_tokens) <= s.block_size:
@@ -454,7 +450,8 @@ def read_settings(argv):
     From another run's model: that run's settings, then config files and flags on top."""
     names = [Path(arg).stem for arg in argv if is_config(arg)]
     values, saved = collect(TrainSettings, argv), None
-    out_dir, init_from = values['out_dir'] or os.path.join('out', '-'.join(names) or 'bitskip'), values['init_from']
+    out_dir = os.path.normpath(values['out_dir'] or os.path.join('out', '-'.join(names) or 'bitskip'))
+    init_from = values['init_from']
     if init_from != 'scratch':
         resumes = init_from == 'resume'
         saved = checkpoint.load(os.path.join(out_dir, 'last.pt') if resumes else os.path.join(init_from, 'ckpt.pt'))

@@ -166,6 +166,10 @@ def test_every_table_outlives_runs_that_diverge(tmp_path, monkeypatch, capsys):
     assert 'nan' not in capsys.readouterr().out
     with pytest.raises(UserError, match='there are no results at the paper scale'):
         tables.main(['--scale=paper'])
+    with pytest.raises(UserError, match='the pages tell of the CPU scale'):
+        tables.main(['--scale=paper', '--readme=True'])
+    page = '<!-- table: A6 -->\nas it was\n<!-- end -->'
+    assert tables.update(page, 'paper') == page  # nothing has been measured there
 
 
 def test_runs_are_done_once_resumed_and_shared(text, monkeypatch):  # noqa: F811

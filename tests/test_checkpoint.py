@@ -110,6 +110,8 @@ def test_load_returns_what_save_wrote(checkpoint, path):
 # files that are something else
 
 def test_missing_file(path):
+    with pytest.raises(UserError, match='there is no checkpoint .*last.pt; without --init_from=resume'):
+        load('nowhere/last.pt')
     with pytest.raises(UserError, match='there is no checkpoint .*train.py'):
         load(path)
 

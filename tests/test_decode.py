@@ -349,6 +349,20 @@ def test_stream_refuses_an_empty_prompt_and_gates_that_are_not_there(make_model,
         stream(make_model(causal=False), tokens(), 3)
 
 
+@pytest.mark.parametrize('n, options, message', [
+    (3, dict(n_logits=5), 'n_logits is 0 to 3'), (3, dict(n_logits=-1), 'n_logits'),
+    (3, dict(exit_mode='often'), 'exit_mode'),
+    (17, {}, 'block_size=16'), (3, dict(exit_layer=3), 'layers are 0 to 2')], ids=str)
+def test_impossible_steps(make_model, tokens, n, options, message):
+    decoder = decode.Decoder(make_model())
+    with pytest.raises(ValueError, match=message):
+        decoder.step(tokens(1, n), **options)
+    assert decoder.length == 0
+    decoder.step(tokens(1, 16))
+    with pytest.raises(ValueError, match='17 tokens do not fit'):
+        decoder.step(tokens(1, 1), exit_mode='gate')
+
+
 def test_generate_no_tokens(make_model, tokens):
     assert torch.equal(make_model().generate(tokens(), 0), tokens())
 

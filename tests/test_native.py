@@ -154,6 +154,15 @@ def test_saturation_is_at_most_one(make):
         assert decoder.step([token], exit_mode='saturation', exit_threshold=0.999)[1] == 0
 
 
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float64])
+def test_weights_of_any_kind_of_float(make_model, make, dtype):
+    """C reads float32: it is given that, whatever the model holds."""
+    _, decoder = make()
+    model = make_model(linear='bitlinear').to(dtype)
+    logits = native.Decoder(model, head='fp32').step([3, 1, 4])[0]
+    assert_close(logits[0], model.float()(torch.tensor([[3, 1, 4]]))[0][0, -1].detach(), rtol=0, atol=1e-4)
+
+
 def test_the_head_is_exact_at_the_ends_of_its_range(make):
     """255 * 127 in every column: sums that overflow 16 bits, where an instruction set saturates."""
     model, decoder = make('raw exits')

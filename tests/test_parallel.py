@@ -238,6 +238,12 @@ def test_no_thread_outlives_the_processes():
     assert 'closed pt_gloo' not in done.stdout
 
 
+def test_a_mistake_is_told_once_by_all_processes(text):  # noqa: F811
+    done = subprocess.run(command(*TORCHRUN, dataset='nowhere.txt'), capture_output=True, text=True, env=ENV)
+    assert done.returncode and done.stderr.count('error: ') == 1 and 'nowhere.txt' in done.stderr
+    assert 'Connection closed' not in done.stderr and 'barrier' not in done.stderr
+
+
 def test_fsdp_needs_torchrun(text):  # noqa: F811
     done = subprocess.run(command(fsdp=True), capture_output=True, text=True)
     assert done.returncode == 2

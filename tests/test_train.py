@@ -421,6 +421,18 @@ def test_frozen_model_keeps_its_last_layer(text, capsys):
     assert losses[-1] < losses[0]
 
 
+def test_a_folder_is_one_however_it_is_written(text):
+    """Completion of a shell ends it with a slash, and the lock of the run was another then."""
+    with checkpoint.exclusive('out/run', wait=False):
+        with pytest.raises(UserError, match='out/run is being trained by another process'):
+            train.main(flags(out_dir='out/run/'))
+
+
+def test_a_model_whose_tokens_left_can_be_frozen():
+    s = TrainSettings(ee_leave=0.3, freeze=True, gate_loss='divergence')
+    assert s.ee_leave == 0 and TrainSettings(ee_leave=0.3).ee_leave == 0.3
+
+
 def test_a_frozen_model_is_as_it_is_used(text):
     """Layer skipping and dropout went on, so that adapters and gates learned from a model that nobody runs."""
     s = TrainSettings(**TINY | dict(freeze=True, dropout=0.5, ee_leave=0.5, init_from='out/run'))
