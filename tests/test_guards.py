@@ -205,7 +205,7 @@ RECIPES = {
 }
 
 
-def exits_after_training_on(text, recipe, steps=120):
+def exits_after_training_on(text, recipe, steps=70):
     """The losses of all tokens of the validation split of `text` at every exit, (L, N), after train.py."""
     Path('text.txt').write_text(text)
     settings = dict(n_layer=3, n_head=2, n_kv_head=1, n_embd=32, ffn_dim=64, block_size=32, batch_size=8, gate_dim=4,
