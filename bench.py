@@ -45,9 +45,9 @@ def config(name, settings):
 
 
 COMPOSE = config('compose.py', asdict(TrainSettings()))
-CPU = config('cpu.py', asdict(TrainSettings()) | COMPOSE)
-CPU = {name: value for name, value in CPU.items() if hasattr(BitSkipConfig, name)} | dict(
-    vocab_size=256, B=CPU['batch_size'])
+OVERLAY = config('cpu.py', asdict(TrainSettings()) | COMPOSE)
+CPU = {name: value for name, value in OVERLAY.items() if hasattr(BitSkipConfig, name)} | dict(
+    vocab_size=256, B=OVERLAY['batch_size'])
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -7,8 +7,8 @@ Runs on disk. A run is a folder out/<name>/ with
 
 Every file is written aside, flushed to disk and renamed, so that whatever happens, what stands under a name is whole:
 either the old content or the new. (But for log.jsonl, to which lines are added: an accident may leave half of the
-last.) Checkpoints hold tensors and plain values only and load with weights_only=True,
-so a checkpoint from a stranger cannot run code.
+last.) Checkpoints hold tensors and plain values only and load with weights_only=True, so a checkpoint from a stranger
+cannot run code.
 """
 import contextlib
 import glob
@@ -19,7 +19,7 @@ import zipfile
 import torch
 from filelock import FileLock, Timeout  # which torch requires
 
-from configurator import UserError
+from configurator import UserError, is_out_of_memory
 from model import BitSkip, BitSkipConfig
 from packed import load_packed
 
@@ -104,10 +104,8 @@ def load(path, device='cpu'):
             if archive.testzip():
                 raise zipfile.BadZipFile('a checksum is wrong')
         checkpoint = torch.load(path, map_location=device, weights_only=True)
-    except (PermissionError, MemoryError):
-        raise
     except Exception as error:  # reading arbitrary bytes can fail in any way
-        if 'allocate memory' in str(error) or 'out of memory' in str(error):
+        if isinstance(error, PermissionError) or is_out_of_memory(error):
             raise
         raise UserError(f'{path} is damaged or not a checkpoint ({" ".join(str(error).split())[:80]}); '
                         'copy it again or train anew') from None

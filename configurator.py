@@ -49,12 +49,17 @@ def run(main):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:  # disk full, no permission: the system's own words are the clearest
         fail(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}")
-    except (MemoryError, RuntimeError) as error:  # torch has no class of its own for a CPU's memory
-        if isinstance(error, RuntimeError) and not re.search('allocate memory|out of memory', str(error)):
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
             raise
         fail('out of memory: this takes more than the machine has; a smaller batch or model may fit')
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def is_out_of_memory(error):
+    """Whether Python or torch, which has no class of its own for a CPU's memory, could not get what it asked for."""
+    return isinstance(error, MemoryError) or bool(re.search('allocate memory|out of memory', str(error)))
 
 
 def fail(message):

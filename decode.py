@@ -130,8 +130,6 @@ class Decoder:
         require_exits(exit_mode, bool(self.model.gates))
         if not 0 <= n_logits <= T:
             raise ValueError(f'n_logits is 0 to {T}, the number of these tokens, got {n_logits}')
-        if self.length + T > self.model.config.block_size:
-            raise ValueError(f'{self.length + T} tokens do not fit into block_size={self.model.config.block_size}')
         if exit_mode is not None and T == 1:
             self.states, logits, layers = step_with_exits(self.model, tokens, self.cache, last, exit_mode,
                                                           exit_threshold)
@@ -152,13 +150,10 @@ class Decoder:
 
         ValueError if a layer from first to last does not hold all that comes before `start`."""
         start = self.length if start is None else start
-        stop = start + h.shape[1]
-        if stop > self.model.config.block_size:
-            raise ValueError(f'{stop} tokens do not fit into block_size={self.model.config.block_size}')
         rope = self.model.rope(start, h.shape[1])
         for layer in range(first, last + 1):
             h = self.model.blocks[layer](h, rope, self.cache.layer(layer, start=start))
-            self.cache.filled[layer] = stop
+            self.cache.filled[layer] = start + h.shape[1]
         return h
 
     @torch.no_grad()

@@ -304,8 +304,6 @@ class BitSkip(nn.Module):
         last = self.require_layer(last)
         start = cache.length if cache is not None else 0
         T = idx.shape[1]
-        if start + T > self.config.block_size:
-            raise ValueError(f'{start + T} tokens do not fit into block_size={self.config.block_size}')
         rope = self.rope(start, T)
         h = self.dropout(self.embedding(idx))
         for layer in range(last + 1):
@@ -344,6 +342,9 @@ class BitSkip(nn.Module):
         return torch.where(early, torch.randint(last + 1, early.shape), last).to(idx.device)
 
     def rope(self, start, length):
+        """The rotary angles of so many positions from `start` on. ValueError if they do not fit into block_size."""
+        if start + length > self.config.block_size:
+            raise ValueError(f'{start + length} tokens do not fit into block_size={self.config.block_size}')
         return self.rope_cos[start:start + length], self.rope_sin[start:start + length]
 
     def exit_state(self, h, layer):

@@ -54,7 +54,7 @@ class Processes:
 
     def any(self, flag):
         """Whether `flag` is true in one of them: a bool, the same on each."""
-        return self.sum(torch.tensor(float(bool(flag)), device=self.device)).item() > 0
+        return self.sum(torch.tensor(float(flag), device=self.device)).item() > 0
 
     def barrier(self):
         if self.world > 1:
@@ -68,15 +68,15 @@ class Processes:
             result = work() if self.is_main else None
         except UserError as failure:
             error = failure
-        if self.any(error):
+        if self.any(error is not None):
             raise error or SystemExit(2)
         return result if self.is_main else work()
 
     def close(self):
         """Wait for all, then stop the threads that exchange tensors: one that drops a tensor while Python shuts down
         aborts its process."""
+        self.barrier()
         if self.world > 1:
-            dist.barrier()
             dist.destroy_process_group()
 
 
