@@ -1,37 +1,22 @@
 """
 Settings from Python files and flags, in the spirit of nanoGPT's configurator.
 
-A script's settings are a dataclass, one commented line each:
-
-    @dataclass
-    class Settings:
-        n_layer: int = 12      # number of blocks
-        dtype: Literal['float32', 'bfloat16'] = 'float32'  # of matrix products
-
-and `configure(Settings, sys.argv[1:])` fills one in from the command line:
-
     python train.py config/bitskip_h_ee.py config/cpu.py --seed=7 --compile
 
-Config files are plain Python, run in order, each seeing the settings so far (`ffn_dim = 4 * n_embd` works; a name
-of its own starts with an underscore). Flags come on top, wherever they stand. What differs from nanoGPT: a dataclass
-instead of globals, so that the type of every value is checked against its annotation, and `--help` is generated from
-the comments.
+Settings are a dataclass, each a commented line: `n_layer: int = 12  # blocks`. --help shows them.
+Configs are Python files, run in order. Each sees the settings so far: `ffn_dim = 4 * n_embd` works.
+Its own names start with an underscore. Flags come on top, wherever they stand. Types are checked.
 """
-import dataclasses
+import ast
+import contextlib
 import difflib
 import inspect
 import os
+import pkgutil
 import re
-import reprlib
-import shutil
+import runpy
 import sys
-import textwrap
-import traceback
-import types
 import typing
-
-
-BOOLS = {'true': True, 'yes': True, 'on': True, '1': True, 'false': False, 'no': False, 'off': False, '0': False}
 
 
 class UserError(Exception):
@@ -39,173 +24,135 @@ class UserError(Exception):
 
 
 def run(main):
-    """Call `main(argv)` as a script: a user's mistake ends in one sentence and exit code 2, never a traceback."""
-    sys.stdout.reconfigure(errors='replace')  # text may hold what this terminal cannot show
+    """Call main(argv) as a script. A user's mistake ends in one sentence and exit code 2."""
+    sys.stdout = sys.stdout or open(os.devnull, 'w')  # it is None after >&-
+    if hasattr(sys.stdout, 'reconfigure'):  # a notebook's has not
+        sys.stdout.reconfigure(errors='replace')  # characters that this terminal cannot show
     try:
         main(sys.argv[1:])
-    except UserError as error:
-        fail(error)
-    except BrokenPipeError:  # the reader of our output (head, less) has gone: not an error
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except OSError as error:  # disk full, no permission: the system's own words are the clearest
-        fail(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}")
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-        fail('out of memory: this takes more than the machine has; a smaller batch or model may fit')
+        sys.stdout.flush()
     except KeyboardInterrupt:
         sys.exit(130)
-
-
-def is_out_of_memory(error):
-    """Whether Python or torch, which has no class of its own for a CPU's memory, could not get what it asked for."""
-    return isinstance(error, MemoryError) or bool(re.search('allocate memory|out of memory', str(error)))
+    except BrokenPipeError:  # the reader of our output (head, less) has gone
+        os._exit(141)  # at once: sys.exit would try to write the rest
+    except Exception as error:
+        if is_out_of_memory(error):
+            fail('out of memory: this machine has too little; try a smaller batch or model')
+        if not isinstance(error, (UserError, OSError)):  # OSError: a full disk, say
+            raise
+        fail(error)
 
 
 def fail(message):
-    text = ' '.join(str(message).split())
-    print('error:', text if len(text) < 500 else f'{text[:300]} ... {text[-150:]}', file=sys.stderr)
+    print('error:', ' '.join(str(message).split())[:500], file=sys.stderr)
     sys.exit(2)
 
 
+def is_out_of_memory(error):  # (torch has no error class for a CPU's memory)
+    return bool(re.search('MemoryError|allocate memory|out of memory|ALLOC_FAILED', repr(error)))
+
+
 def configure(cls, argv, base=None):
-    """Settings of dataclass `cls` (starting from the dict `base`, if given), after the config files and flags in
-    `argv`. Raises UserError on anything unknown, of the wrong type or not possible."""
+    """The dataclass `cls`: its defaults, then `base` (a dict), then configs, then flags."""
     return build(cls, collect(cls, argv, base))
 
 
-def collect(cls, argv, base=None):
-    """The values for `configure` by name, each of its type, not yet checked together: dict. UserError on what is
-    unknown or of the wrong type. `--help` prints all settings and exits."""
-    if '--help' in argv or '-h' in argv:
-        print(help_text(cls))
-        sys.exit(0)
-    hints = typing.get_type_hints(cls)
-    values = {field.name: field.default for field in dataclasses.fields(cls)}
-    for key, value in dict(base or {}).items():
-        values[key] = convert(key, value, hints, where='saved settings: ')
-    files, flags = split_arguments(argv, hints)
-    for file in files:
-        for key, value in read_config(file, values).items():
-            values[key] = convert(key, value, hints, where=f'{file}: ')
-    for key, text in flags:
-        values[key] = convert(key, text, hints, where='--', from_text=True)
-    return values
-
-
 def build(cls, values):
-    """The dataclass `cls` with these values. UserError if they are not possible."""
     try:
         return cls(**values)
-    except ValueError as error:  # a value of the right type that is not possible
+    except ValueError as error:  # of the right types, but not possible
         raise UserError(str(error)) from None
 
 
-def split_arguments(argv, hints):
-    """Config files, and (key, text) of the flags --key=value, --key value, and --key alone for a bool."""
-    files, flags, rest = [], [], list(argv)
-    while rest:
-        arg = rest.pop(0)
+def collect(cls, argv, base=None):
+    """The values for `build`: a dict. Prints --help."""
+    if '--help' in argv or '-h' in argv:
+        sys.exit(print(help_text(cls)))
+    hints, flags = typing.get_type_hints(cls), []
+    values = {key: getattr(cls, key) for key in hints}  # the defaults
+    values |= {key: convert(key, value, hints, 'saved ') for key, value in (base or {}).items()}
+    for path in configs_of(cls, argv, flags):
+        try:
+            names = runpy.run_path(path, values)
+        except Exception as error:
+            raise UserError(f"config '{path}': {type(error).__name__}: {error}") from error
+        for key, value in names.items():
+            if not (key[0] == '_' or inspect.ismodule(value) or value is values.get(key, names)):
+                values[key] = convert(key, value, hints, f'{path}: ')
+    return values | {key: convert(key, text, hints, '--', True) for key, text in flags}
+
+
+def configs_of(cls, argv, flags=None):
+    """The configs in `argv`. Flags (--key=text, --key text, --key for a bool) go to the list."""
+    configs, flags, rest = [], [] if flags is None else flags, iter(argv)
+    for arg in rest:
+        key, equals, text = arg.partition('=')
+        key = key[2:].replace('-', '_')
         if not arg.startswith('--'):
-            files.append(arg)
-            continue
-        key, equals, text = arg[2:].partition('=')
-        key = key.replace('-', '_')
-        require_known(key, hints)
-        if not equals:
-            follows = rest and not rest[0].startswith('--')
-            if hints[key] is bool:
-                text = rest.pop(0) if follows and rest[0].lower() in BOOLS else 'true'
-            elif follows:
-                text = rest.pop(0)
-            else:
-                raise UserError(f'--{key} needs a value: --{key}=...')
-        flags.append((key, text))
-    return files, flags
-
-
-def read_config(path, values):
-    """Run the config file at `path` with `values` as its globals; return the settings that it assigned."""
-    if not path.endswith('.py'):
-        raise UserError(f"'{path}' is neither a flag (--key=value) nor a config file (*.py)")
-    if not os.path.isfile(path):
-        here = os.listdir('config') if os.path.isdir('config') else []
-        near = difflib.get_close_matches(os.path.basename(path), here, n=1)
-        raise UserError(f'no config file {path}' + (f'; did you mean config/{near[0]}?' if near else ''))
-    namespace = dict(values)
-    try:
-        with open(path, encoding='utf-8') as file:
-            exec(compile(file.read(), path, 'exec'), namespace)
-    except Exception as error:
-        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
-        where = f'{path}, line {lines[-1]}' if lines else path
-        raise UserError(f'{where}: not valid Python: {type(error).__name__}: {error}') from error
-    assigned = {key: value for key, value in namespace.items()
-                if not key.startswith('_') and not isinstance(value, types.ModuleType)
-                and (key not in values or value is not values[key])}
-    for key in assigned:
-        require_known(key, values, where=f'{path}: ')
-    return assigned
-
-
-def require_known(key, values, where=''):
-    if key not in values:
-        near = difflib.get_close_matches(key, values, n=3, cutoff=0.5)
-        raise UserError(f'{where}unknown setting {shown(key)}'
-                        + (f"; did you mean {' or '.join(near)}?" if near else '; --help lists them all'))
+            configs.append(arg)
+        elif equals:
+            flags.append((key, text))
+        elif typing.get_type_hints(cls).get(key) is bool:
+            flags.append((key, 'true'))
+        else:
+            flags.append((key, next(rest, '--')))
+            if flags[-1][1].startswith('--'):
+                raise UserError(f'{arg} needs a value: {arg}=...')
+    return configs
 
 
 def convert(key, value, hints, where='', from_text=False):
-    """`value` of setting `key` in its annotated type, or a UserError that says what was expected."""
-    hint = hints[key]
-    choices = typing.get_args(hint)
-    optional = type(None) in choices
-    if typing.get_origin(hint) is typing.Literal:
-        if value in choices:
-            return value
-        raise UserError(f"{where}{key}: expected one of {', '.join(map(repr, choices))}, got {shown(value)}")
-    if optional:
-        hint = next(choice for choice in choices if choice is not type(None))
-        if value is None or (from_text and hint is not str and value.lower() in ('none', '')):
-            return None
-    if from_text and hint is bool:
-        value = BOOLS.get(value.lower(), value)
-    elif from_text and hint is not str:
-        try:
-            value = hint(value)
-        except ValueError:
-            pass
-    if type(value) is int and abs(value) >= 2 ** 63:
-        raise UserError(f'{where}{key}: a whole number has 63 bits here, this one {value.bit_length()}')
-    if hint is float and type(value) is int:  # 1 is a fine way to write 1.0
-        value = float(value)
-    if type(value) is not hint or (hint is str and '\0' in value):
-        kinds = {int: 'a whole number', float: 'a number', bool: 'True or False', str: 'a string'}
-        raise UserError(f"{where}{key}: expected {kinds[hint]}{' or None' if optional else ''}, "
-                        f'got {shown(value)}')
+    """`value` of setting `key`, in its type. For flags, configs and checkpoints alike."""
+    if key not in hints:
+        near = ' or '.join(difflib.get_close_matches(str(key), hints) or ['--help'])
+        raise UserError(f'{where}{key}: there is no such setting; did you mean {near}?')
+    kinds = typing.get_args(hints[key]) or (hints[key],)  # (int, None), or the words of a Literal
+    if from_text and kinds[0] in (int, float, bool):
+        with contextlib.suppress(ValueError, SyntaxError):
+            value = ast.literal_eval(value.capitalize())  # true, none, -1, 1e-3
+    small = type(value) is not int or abs(value) < 2 ** 63
+    if float in kinds and type(value) is int and small:
+        value = float(value)  # 1 is a fine way to write 1.0
+    good = type(value) in kinds or type(value) is str and value in kinds
+    if not (small and good and value == value and '\0' not in str(value)):
+        hint = inspect.formatannotation(hints[key])
+        raise UserError(f'{where}{key}: expected {hint}, got {value!r:.80}')
     return value
 
 
-def shown(value):
-    """A value as a message quotes it: not at any length."""
-    try:
-        return reprlib.repr(value)
-    except ValueError:  # Python does not print numbers of more than 4,300 digits
-        return 'a number of thousands of digits'
+def check(settings, limits):
+    """Give all values of a dataclass their types; hold numbers to limits {key: (least, most)}."""
+    for key, value in vars(settings).items():
+        setattr(settings, key, convert(key, value, typing.get_type_hints(type(settings))))
+    for key, (least, most) in limits.items():
+        if not least <= getattr(settings, key) <= most:
+            raise ValueError(f'{key} is {least} to {most}, got {getattr(settings, key)}')
 
 
 def help_text(cls):
-    """Every setting of `cls` as `--name=default  comment {choice | choice}`, under the docstrings of the classes that
-    define them. As wide as the terminal, but at most 100 columns."""
-    width, hints = min(100, max(60, shutil.get_terminal_size().columns)), typing.get_type_hints(cls)
-    lines = [f'usage: python {os.path.basename(sys.argv[0])} [config.py ...] [--setting=value ...]']
+    """Each setting as `--name=default  comment`, below the docstring of its class."""
+    text = f'usage: python {os.path.basename(sys.argv[0])} [config.py ...] [--setting=value ...]\n'
     for owner in reversed(cls.__mro__[:-1]):
-        lines += ['', *textwrap.wrap(inspect.getdoc(owner), width)]
-        for line in inspect.getsource(owner).splitlines():
-            match = re.match(r'    (\w+): .+? = (.+?)\s+# (.+)', line)
-            if match:
-                name, default, comment = match.groups()
-                if typing.get_origin(hints[name]) is typing.Literal:
-                    comment += f' {{{" | ".join(map(str, typing.get_args(hints[name])))}}}'
-                lines += textwrap.wrap(f'{f"  --{name}={default}":34} {comment}', width, subsequent_indent=' ' * 35)
-    return '\n'.join(lines)
+        text += f'\n{inspect.getdoc(owner)}\n'
+        for name, words, default, comment in re.findall(
+                r'^    (\w+): (?:Literal)?(.+?) = (.+?)\s+# (.+)$', inspect.getsource(owner), re.M):
+            text += f"{f'  --{name}={default}':34} {comment} {words * (words[0] == '[')}\n"
+    return text
+
+
+def class_name(cls):
+    """'module:Class', for find_class. (A script's own class calls its module only __main__.)"""
+    path = os.path.relpath(inspect.getsourcefile(cls), os.path.dirname(__file__))
+    return f"{path.removesuffix('.py').replace(os.sep, '.')}:{cls.__qualname__}"
+
+
+def find_class(name, base):
+    """The class 'module:Class', a kind of `base`, in a file of this folder; else ValueError."""
+    path = os.path.join(os.path.dirname(__file__), *name.partition(':')[0].split('.')) + '.py'
+    try:
+        found = pkgutil.resolve_name(name) if os.path.isfile(path) else f'no file {path}'
+        if not issubclass(found, base):
+            raise TypeError(f'it is not a {base.__name__}')
+    except Exception as error:
+        raise ValueError(f"'{name}' is no module:Class of this folder: {error}") from error
+    return found

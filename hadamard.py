@@ -4,37 +4,34 @@ The fast Walsh-Hadamard transform (B3, B4), and why a quantizer likes it.
     H_0 = (1),    H_m = 1/sqrt(2) [[H_{m-1},  H_{m-1}],        y = H_m x,   x of size n = 2^m
                                    [H_{m-1}, -H_{m-1}]]
 
-H is orthonormal and symmetric, so it is its own inverse and, for autograd, its own gradient. Each y_i is a sum of all
-x_j with signs: an outlier in one coordinate is spread over all of them. A quantizer that scales by max|x| then wastes
-fewer of its levels; that is all the transform is for.
+H is orthonormal and symmetric, so it is its own inverse and, for autograd, its own gradient. Each
+y_i is a sum of all x_j with signs: an outlier in one coordinate is spread over all of them. A
+quantizer that scales by max|x| then wastes fewer of its levels. That is all the transform is for.
 
 Two ways to compute it in less than the n^2 of a matrix product:
 
-- the butterfly, n log2(n) additions. The definition above, unrolled: `fwht_butterfly`, which is for reading.
-- Kronecker. H_m = H_a (x) H_b whenever a + b = m, so with x laid out as a 2^a by 2^b matrix X, H x is H_a X H_b: two
-  products with small matrices, n (2^a + 2^b) multiplications. More arithmetic than the butterfly, but matrix products
-  are what computers are good at, and 2 passes over memory instead of log2(n): 3 to 6 times faster on a CPU.
-  `fwht`, which is for running.
+- The butterfly: n log2(n) additions. It is the definition above, unrolled, and for reading.
+- Kronecker: H_m = H_a (x) H_b whenever a + b = m. With x laid out as a 2^a by 2^b matrix X, H x is
+  H_a X H_b: two products with small matrices, n (2^a + 2^b) multiplications. That is more work,
+  but it passes over memory twice instead of log2(n) times: 3 to 6 times faster on a CPU.
 """
 import functools
 
 import torch
 import torch.nn.functional as F
 
-
 def fwht(x):
-    """Orthonormal Walsh-Hadamard transform of the last dimension (B3, B4): (..., n) -> (..., n), same dtype.
+    """Orthonormal Walsh-Hadamard transform of the last dimension (B3, B4): (..., n) -> (..., n).
 
-    Any floating dtype (under autocast its matrix products are in bfloat16, as all are), any leading shape,
+    Any floating dtype (under autocast its products are in bfloat16, as all are), any leading shape,
     differentiable. ValueError if n is not a power of two."""
     n = require_pow2(x.shape[-1] if x.dim() else 0)
     log_n = n.bit_length() - 1
     a, b = 1 << log_n // 2, 1 << (log_n - log_n // 2)  # n = a b, as square as can be
     X = x.reshape(-1, a, b)
-    H_b = signs(b, x.dtype, x.device) * n ** -0.5  # all of the scale here, so that no sum outgrows a 16-bit float
+    H_b = signs(b, x.dtype, x.device) * n ** -0.5  # the whole scale: no sum outgrows a 16-bit float
     Y = signs(a, x.dtype, x.device) @ (X @ H_b)  # H_a X H_b
     return Y.reshape(x.shape)
-
 
 def fwht_butterfly(x):
     """The same transform by its definition (B4): log2(n) rounds of sums and differences."""
@@ -47,25 +44,20 @@ def fwht_butterfly(x):
         half *= 2
     return y
 
-
 def pad_to_pow2(x):
-    """Zeros behind the last dimension, up to the next power of two (the Pad of A3): (..., k) -> (..., n)."""
+    """Pad of A3: zeros up to the next power of two, (..., k) -> (..., n)."""
     k = x.shape[-1]
-    n = next_pow2(k)
-    return x if n == k else F.pad(x, (0, n - k))
-
+    return F.pad(x, (0, next_pow2(k) - k))
 
 def next_pow2(k):
     """The smallest power of two that is not below k >= 1."""
     return 1 << (k - 1).bit_length()
 
-
 def require_pow2(n):
     if n < 1 or n & (n - 1):
-        raise ValueError(f'the Walsh-Hadamard transform needs a size that is a power of two, got {n}; '
+        raise ValueError(f'the Walsh-Hadamard transform needs a power of two, got size {n}; '
                          'pad_to_pow2 makes one')
     return n
-
 
 @functools.cache
 def signs(n, dtype, device):

@@ -1,1 +1,1 @@
-# Makes this folder a package: else another one of that name, if installed, is what `from config...` would find.
+# Makes this folder a package, so that `from config...` finds it before any other of that name.

@@ -1,6 +1,6 @@
-# Paper B's architecture, 1.06B parameters, shared by its five variants (Tables 2 to 4). Use it through one of them:
+# Paper B's architecture, 1.06B parameters, shared by its five variants (Tables 2 to 4):
 #   python train.py config/tinystories_v1.py
-# The variants import this file (config/paper_b_model.py) and config/paper_b_training.py, and add what is their own.
+# The variants import config/paper_b_model.py and config/paper_b_training.py.
 n_layer = 24
 n_embd = 2048
 n_head = 32
@@ -10,4 +10,3 @@ ffn = 'swiglu'
 norm = 'rmsnorm'
 sub_norm = False
 gate_dim = 0  # Paper B has no gates
-lambda_q = 0.0  # and no quantization loss (B5)

@@ -1,6 +1,6 @@
-# Paper B's training, phase 2 (Table 1, section 3.3), shared by its five variants. Use it through one of them:
+# Paper B's training, phase 2 (Table 1, section 3.3), shared by its five variants:
 #   python train.py config/tinystories_v1.py
-# config/paper_b_training.py is phase 2, with early exit; the overlay config/phase1.py takes that away.
+# This is phase 2, with early exit; the overlay config/phase1.py takes that away.
 dataset = 'tinystories'
 batch_size = 16
 max_iters = 50000
@@ -9,4 +9,4 @@ warmup_iters = 1000
 schedule = 'linear'
 lambda_ee = 0.3
 ee_weighting = 'late'  # B6
-p_max, skip_normalize = 0.5, True  # (its two statements; normalized to sum 1, p_l is at most 0.13, not 0.5)
+p_max, skip_normalize = 0.5, True  # (with sum 1, p_l is at most 0.13, not 0.5)

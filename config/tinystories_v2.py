@@ -1,8 +1,8 @@
-# Paper B, BitSkip-V2: 4-bit activations behind a Hadamard transform, exits trained, gentler optimization.
-#   python train.py config/tinystories_v2.py                     1.06B parameters: several GPUs; see PRACTICE.md
+# Paper B, BitSkip-V2: 4-bit activations behind a Hadamard transform, gentler optimization.
+#   python train.py config/tinystories_v2.py                     1.06B parameters: several GPUs
 #   python train.py config/tinystories_v2.py config/phase1.py    without early exit
-# Paper B: PPL 210.24 (phase 2), 26,048.98 (phase 1). Its text says "4-bit weight quantization", its Table 2 that the 4
-# bits are those of activations, on ternary weights; "8-bit" in V1 and V3 likewise.
+# Paper B: PPL 210.24 (phase 2), 26,048.98 (phase 1). Its text says "4-bit weight quantization"; its
+# Table 2 says that the 4 bits are those of activations, on ternary weights.
 from config.paper_b_model import *
 from config.paper_b_training import *
 linear = 'hbitlinear'

@@ -1,7 +1,10 @@
-"""What the tests share: a model that is tiny but not trivial, and both ways to compute a ternary product."""
+"""What the tests share: a model that is tiny but not trivial, both ways to compute a ternary
+product, and the core alone in a folder."""
 import inspect
+import shutil
 import subprocess
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,10 +14,24 @@ from model import BitSkip, BitSkipConfig
 
 torch.set_num_threads(1)  # at these sizes a second thread costs more than it brings
 
-# ffn_dim and n_embd / n_head are no accidents: 48 needs padding before a Hadamard transform, and 2 kv heads serve 4
-TINY = dict(vocab_size=31, block_size=16, n_layer=3, n_head=4, n_kv_head=2, n_embd=32, ffn_dim=48, gate_dim=8,
-            target_exit=1)
+ROOT = Path(__file__).resolve().parent.parent
+CORE = ['minimal', 'hadamard', 'quant', 'exits', 'model', 'decode', 'train', 'sample', 'eval_exits',
+        'prepare', 'configurator', 'common']
+# ffn_dim and n_embd / n_head are no accidents: 48 needs padding before a Hadamard transform, and
+# 2 kv heads serve 4
+TINY = dict(vocab_size=31, block_size=16, n_layer=3, n_head=4, n_kv_head=2, n_embd=32, ffn_dim=48,
+            gate_dim=8, target_exit=1)
 KINDS = ['fp', 'bitlinear', 'hbitlinear']
+# a run of seconds
+RUN = dict(n_layer=3, n_head=2, n_kv_head=1, n_embd=32, ffn_dim=64, block_size=32, batch_size=2,
+           gradient_accumulation_steps=2, max_iters=12, eval_interval=4, log_interval=1,
+           warmup_iters=2, patience=0, learning_rate=1e-2, linear='hbitlinear', lambda_ee=0.3,
+           lambda_q=0.05, lambda_r=0.2, p_max=0.7, target_exit=1, device='cpu', dtype='float32',
+           dataset='text.txt', tokenizer='bytes', out_dir='out/run')
+
+
+def flags(**changes):
+    return [f'--{key}={value}' for key, value in (RUN | changes).items()]
 
 
 def all_exits(model, idx, cache=None):
@@ -25,7 +42,7 @@ def all_exits(model, idx, cache=None):
 
 @contextmanager
 def text_folder(folder, length):
-    """Work in `folder`, beside text.txt, a text of so many bytes; yields the MonkeyPatch that lasts as long."""
+    """Work in `folder`, beside text.txt of so many bytes; yields the MonkeyPatch for as long."""
     (folder / 'text.txt').write_text(inspect.getsource(subprocess)[:length])
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -39,14 +56,17 @@ def seed():
 
 @pytest.fixture
 def make_model():
-    """make_model(**settings): a tiny model in eval mode. Its weights are larger than at initialisation and its norms
-    not all ones, so that leaving anything out changes what it predicts."""
-    def make(**settings):
+    """make_model(**settings): a tiny model in eval mode. Its weights are larger than at
+    initialisation and its norms not all ones, so that leaving anything out changes what it says."""
+    def make(Model=BitSkip, **settings):
         torch.manual_seed(0)
-        model = BitSkip(BitSkipConfig(**TINY | settings)).eval()
+        model = Model(BitSkipConfig(**TINY | settings)).eval()
         with torch.no_grad():
             for parameter in model.parameters():
-                parameter.normal_(std=0.2) if parameter.dim() == 2 else parameter.uniform_(0.5, 1.5)
+                if parameter.dim() == 2:
+                    parameter.normal_(std=0.2)
+                else:
+                    parameter.uniform_(0.5, 1.5)
         return model
     return make
 
@@ -55,13 +75,26 @@ def make_model():
 def tokens():
     """tokens(B, T): the same random tokens each time, int64."""
     def make(B=2, T=8, seed=0):
-        return torch.randint(TINY['vocab_size'], (B, T), generator=torch.Generator().manual_seed(seed))
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randint(TINY['vocab_size'], (B, T), generator=generator)
     return make
 
 
 @pytest.fixture
 def use_product(monkeypatch):
-    """use_product('integer' or 'fake'): compute ternary products in that way, whatever this machine prefers."""
+    """use_product('integer') or any other word: compute ternary products by IntegerLinear or by
+    their definition, whatever this machine prefers."""
     def use(how):
         monkeypatch.setattr(quant, 'int8_support', lambda device_type: (how == 'integer', how))
     return use
+
+
+@pytest.fixture
+def core_alone(tmp_path):
+    """A folder with the core, config/ and text.txt, and nothing else."""
+    for name in CORE:
+        shutil.copy(ROOT / f'{name}.py', tmp_path)
+    shutil.copytree(ROOT / 'config', tmp_path / 'config',
+                    ignore=shutil.ignore_patterns('__pycache__'))
+    (tmp_path / 'text.txt').write_text(inspect.getsource(subprocess)[:12000])
+    return tmp_path

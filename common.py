@@ -1,0 +1,261 @@
+"""
+What all scripts need of the machine: a device, files that are whole, processes, interrupts.
+
+A file is written aside and renamed at its end: under its name stands the old content or the new.
+Checkpoints hold tensors and plain values, and load with weights_only=True: they cannot run code.
+"""
+import contextlib
+import ctypes
+import glob
+import itertools
+import json
+import os
+import secrets
+import signal
+import sys
+import zipfile
+
+os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')  # idle threads sleep; torch must come later
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+from filelock import FileLock, Timeout  # noqa: E402  (torch requires it)
+
+from configurator import UserError, is_out_of_memory  # noqa: E402
+
+PROGRESS = {'iter': 0, 'last_eval': 0, 'bad_evals': 0, 'log_size': 0, 'val_loss': 0.0,
+            'seconds': 0.0}  # of a run, as train.py saves it
+
+
+def pick_device(name):
+    """torch.device of cpu, cuda, cuda:1, mps or auto. UserError if this machine has none."""
+    if name == 'auto':
+        mps = torch.backends.mps.is_available()
+        name = 'cuda' if torch.cuda.is_available() else 'mps' if mps else 'cpu'
+    try:
+        return torch.empty(0, device=name if name[:3] in ('cpu', 'cud', 'mps') else 'none').device
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise UserError(f"device '{name}' is not here; --device=auto picks one that is") from None
+
+
+def pick_dtype(name, device):
+    """'float32' or 'bfloat16'. 'auto' is bfloat16 on a GPU that multiplies it natively."""
+    native = device.type == 'cuda' and torch.cuda.is_bf16_supported(including_emulation=False)
+    return name if name != 'auto' else 'bfloat16' if native else 'float32'
+
+
+def autocast(device, dtype):
+    """Matrix products in bfloat16, if asked; weights and all that is delicate stay in float32."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=dtype == 'bfloat16')
+
+
+def synchronize(device):  # before a clock is read
+    if device.type != 'cpu':
+        torch.accelerator.synchronize()
+
+
+def keep_freed_memory():
+    """Tell glibc to keep large freed blocks. A training step asks for the same tensors again, and
+    fresh pages cost more than the arithmetic: elementwise operations get 2 to 8 times faster."""
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # no Linux with glibc
+        mallopt, trim_threshold, mmap_threshold = ctypes.CDLL('libc.so.6').mallopt, -1, -3
+        mallopt(mmap_threshold, 2 ** 31 - 1) or mallopt(mmap_threshold, 2 ** 25)
+        mallopt(trim_threshold, 2 ** 31 - 1)
+
+
+def say(*text):
+    """print, in the main process. When the reader of our output (head) has gone, go on."""
+    try:
+        if os.environ.get('RANK', '0') == '0':
+            print(*text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def read_text_strict(path):
+    """The text of a file, or of stdin for '-', which must be UTF-8."""
+    with open(0 if path == '-' else path, 'rb', closefd=path != '-') as file:
+        data = file.read()
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        raise UserError(f'{path} is not UTF-8 text: see byte {error.start}') from None
+
+
+def require_suffix(flag, path, suffix):
+    """`path`, unless it names another kind of file: a model, say, that would be overwritten."""
+    if not path.endswith(suffix):
+        raise UserError(f'{flag}={path} should end in {suffix}: it names the file to write')
+    return path
+
+
+@contextlib.contextmanager
+def atomic_write(path, mode='wb'):
+    """A file to write, which appears under `path` when the block has ended without an error."""
+    os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
+    aside = f'{path}.{secrets.token_hex(4)}.tmp'  # each writer has its own
+    try:
+        with open(aside, mode.replace('w', 'x'), encoding=None if 'b' in mode else 'utf-8') as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except BaseException as error:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(aside)
+        full = error.__context__ if isinstance(error, RuntimeError) else error
+        if isinstance(full, OSError):  # torch.save hides a full disk behind a RuntimeError
+            full.filename = full.filename or path
+            raise full from None
+        raise
+
+
+@contextlib.contextmanager
+def exclusive(path, wait=True):
+    """with exclusive(path) as mine: one process at a time is in here, by the file `path`.lock.
+    The others wait, or, with wait=False, come in with mine False. A dead process holds nothing."""
+    os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
+    lock = FileLock(f'{path}.lock', blocking=wait)
+    with contextlib.suppress(Timeout):
+        lock.acquire()
+    try:
+        yield lock.is_locked
+    finally:
+        if lock.is_locked:
+            os.unlink(lock.lock_file)
+            lock.release()
+
+
+def move_aside(path):
+    """Rename a file or folder to the first free of path.1, path.2, ... and return that name."""
+    aside = next(f'{path}.{n}' for n in itertools.count(1) if not os.path.lexists(f'{path}.{n}'))
+    os.rename(path, aside)
+    return aside
+
+
+def save_checkpoint(path, checkpoint):
+    with atomic_write(path) as file:
+        torch.save(checkpoint, file)
+
+
+def load_checkpoint(path, device='cpu'):
+    """The dict that save_checkpoint wrote: model, settings, meta, progress and more. UserError if
+    the file is missing, damaged or something else."""
+    if not os.path.isfile(path):
+        raise UserError(f'there is no checkpoint {path}; train.py makes one from scratch')
+    try:
+        with zipfile.ZipFile(path) as archive:  # it has a checksum for every tensor
+            size = sum(record.file_size for record in archive.infolist())
+            if size > os.path.getsize(path) or archive.testzip():
+                raise ValueError('checksums or sizes are wrong')
+        found = own(torch.load(path, 'cpu', weights_only=True, mmap=True), device, size)
+        json.dumps([found['settings'], found['meta'], found['progress']])  # plain values only
+        progress = PROGRESS | found['progress']
+        names = [*found['model'], *found['settings'], found.get('model_class', ''),
+                 found['meta']['tokenizer']]
+        if not (all(type(progress[key]) is type(PROGRESS[key]) for key in PROGRESS)
+                and all(type(name) is str for name in names) and found['meta']['splits'].keys()
+                and all(map(torch.is_tensor, found['model'].values()))
+                and all(value >= 0 for value in progress.values())):
+            raise ValueError('what it holds is not of the types expected')
+    except Exception as error:  # reading arbitrary bytes can fail in any way
+        if isinstance(error, PermissionError) or is_out_of_memory(error):
+            raise
+        why = ' '.join(repr(error).split())[:120]
+        raise UserError(f'{path} is damaged, or not a checkpoint of train.py: {why}') from None
+    return found
+
+
+def own(tree, device, size):
+    """Nested dicts and lists whose tensors are copied to `device`, each into a storage of its own.
+    (In a hostile file they overlap, and an update in place would do anything.)"""
+    if isinstance(tree, dict):
+        return {key: own(value, device, size) for key, value in tree.items()}
+    if type(tree) in (list, tuple):
+        return type(tree)(own(value, device, size) for value in tree)
+    if not torch.is_tensor(tree):
+        return tree
+    if tree.layout != torch.strided or tree.is_meta or tree.is_complex() or tree.nbytes > size:
+        raise ValueError('its tensors are sparse, complex, without content or larger than the file')
+    return tree.detach().to(device, copy=True, memory_format=torch.contiguous_format)
+
+
+def find_run(out_dir=''):
+    """`out_dir`, or else the newest run in out/, which is then named."""
+    runs = glob.glob('out/*/ckpt.pt') + glob.glob('out/*/packed.pt')
+    if not (out_dir or runs):
+        raise UserError('no run in out/: python train.py config/bitskip_h_ee.py config/cpu.py '
+                        'makes one, or name a folder: --out_dir=...')
+    if not out_dir:
+        out_dir = os.path.dirname(max(runs, key=os.path.getmtime))
+        say(f'run: {out_dir} (the newest; --out_dir=... for another)')
+    return out_dir
+
+
+def run_file(out_dir, name=''):
+    """The path of a checkpoint in a run's folder; of ckpt.pt, or else packed.pt, without a name."""
+    paths = [os.path.join(out_dir, n) for n in ([name] if name else ['ckpt.pt', 'packed.pt'])]
+    return next(filter(os.path.exists, paths), paths[0])
+
+
+class Processes:
+    """The processes that train together: one, or those of torchrun (gloo on CPU, nccl on CUDA)."""
+
+    def __init__(self, device):
+        self.rank = int(os.environ.get('RANK', 0))
+        self.world = int(os.environ.get('WORLD_SIZE', 1))
+        self.device, self.is_main = device, self.rank == 0
+        if self.world > 1:
+            if device.type == 'cuda':
+                self.device = torch.device('cuda', int(os.environ['LOCAL_RANK']))
+                torch.cuda.set_device(self.device)
+            # DDP imports this. After the next line, its defaults would keep the group for good.
+            from torch.distributed.nn import functional  # noqa: F401
+            dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo')
+
+    def sum(self, tensor):  # over all processes, in place, the same on each
+        if self.world > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def any(self, flag):  # whether it is true in one of them, the same on each
+        return self.sum(torch.tensor(float(bool(flag)), device=self.device)).item() > 0
+
+    def barrier(self):
+        self.any(False)
+
+    def first_then_all(self, work):
+        """What work() returns. The main process goes first: the others find it done, or, if it
+        fails there with a UserError, end without a word."""
+        error = result = None
+        try:
+            result = work() if self.is_main else None
+        except UserError as failure:
+            error = failure
+        if self.any(error):
+            raise error or SystemExit(2)
+        return result if self.is_main else work()
+
+    def close(self):  # stop the threads that exchange tensors, before Python ends
+        if self.world > 1:
+            dist.barrier()
+            dist.destroy_process_group()
+
+
+class Interrupts:
+    """with Interrupts() as interrupts: Ctrl-C or SIGTERM once sets .wanted, twice it raises
+    KeyboardInterrupt. Several processes all ask Processes.any(interrupts.wanted)."""
+
+    def __enter__(self):
+        self.wanted = False
+        self.before = {n: signal.signal(n, self.handle) for n in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def handle(self, *_):
+        if self.wanted:
+            raise KeyboardInterrupt
+        self.wanted = True
+        os.write(2, b'\nstops after this step (Ctrl-C again: at once)\n')

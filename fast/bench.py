@@ -1,0 +1,212 @@
+"""
+How fast, on a CPU: every claim as cases that take turns in one process.
+
+    python -m fast.bench                    everything, some half an hour on two cores
+    python -m fast.bench --quick            small shapes, under a minute
+    python -m fast.bench --only=decode      the benchmarks with this in their names
+
+Machines drift and are shared, so a lone time means little. The cases of a benchmark take turns, and
+the ratio of their medians is what counts. Prints a table and writes JSON.
+"""
+import json
+import os
+import statistics
+import time
+from dataclasses import asdict, dataclass
+
+import torch
+
+from common import atomic_write, autocast, keep_freed_memory, require_suffix
+from configurator import UserError, configure, run
+from decode import Decoder
+from exits import skip_probabilities
+from fast import native
+from fast.machine import commit, machine
+from fast.packed import to_ternary
+from model import BitSkip, BitSkipConfig
+from quant import int8_support
+from train import TrainSettings, make_optimizer
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+
+def recipe(*names):
+    """The settings of config files, for a vocabulary of bytes."""
+    paths = [os.path.join(ROOT, 'config', f'{name}.py') for name in names]
+    return asdict(configure(TrainSettings, paths)) | dict(vocab_size=256)
+
+
+PAPER_A = dict(batch_size=4)  # and the defaults of BitSkipConfig
+PAPER_B = dict(n_layer=24, n_embd=2048, n_head=32, n_kv_head=8, ffn_dim=4096, ffn='swiglu',
+               norm='rmsnorm', sub_norm=False)
+SMALL = dict(batch_size=16, n_layer=6, n_embd=256, n_head=4, n_kv_head=2, ffn_dim=1024,
+             vocab_size=256, block_size=256)
+TINY = SMALL | dict(batch_size=2)
+
+
+# --------------------------------------------------------------------------------------------------
+# cases: functions that build something and return what is to be timed
+
+def build(shape, **changes):
+    torch.manual_seed(0)
+    return BitSkip(BitSkipConfig.of(shape | changes))
+
+
+def training(shape, dtype='float32', **changes):
+    """One step of training: forward, backward, clipping, AdamW."""
+    model = build(shape, **changes).train()
+    optimizer, c = make_optimizer(model, TrainSettings()), model.config
+    idx = torch.randint(c.vocab_size, (shape['batch_size'], c.block_size))
+
+    def step():
+        optimizer.zero_grad(set_to_none=True)
+        with autocast(torch.device('cpu'), dtype):
+            _, losses = model(idx, idx, return_logits=False)
+        losses['total'].backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+    return step
+
+
+def decoder(shape, how, **changes):
+    """What decodes one text: how is 'eager' or 'packed' (PyTorch), or 'native' (C, int8 head)."""
+    model = build(shape, **changes).eval()
+    if how == 'native':
+        return native.Decoder(model)
+    return Decoder(to_ternary(model) if how == 'packed' else model)
+
+
+def generation(shape, how='eager', n_tokens=12, exit_layer=None, prompt=16, **changes):
+    """n_tokens greedy tokens behind a prompt that has been read already."""
+    runs, idx = decoder(shape, how, **changes), torch.randint(256, (1, prompt))
+    runs.step(idx)
+
+    def generate():
+        runs.length, token = prompt, idx[:, -1:]
+        for _ in range(n_tokens):
+            logits, _ = runs.step(token, exit_layer=exit_layer)
+            token = logits.argmax(dim=-1, keepdim=True)
+    return generate
+
+
+def reading(shape, how='eager', prompt=256, **changes):
+    """A prompt, up to the logits behind it."""
+    runs, idx = decoder(shape, how, **changes), torch.randint(256, (1, prompt))
+
+    def read():
+        runs.length = 0
+        runs.step(idx)
+    return read
+
+
+# --------------------------------------------------------------------------------------------------
+# figures: what a benchmark makes of the seconds of its cases
+
+def ratio(a, b):
+    """time of the first case as a multiple of the second's"""
+    return a / b
+
+
+def speedup(a, b):
+    """how many times faster the first case is than the second"""
+    return b / a
+
+
+def skipped_share(skipping, full, one_block):
+    """time that layer skipping saves, as a share of what the skipped blocks would have cost"""
+    p = skip_probabilities(12, 0.7)
+    return (full - skipping) / (sum(p) * (full - one_block) / 11)
+
+
+def exit_share(at_5, full, at_0):
+    """speed-up of leaving at layer 5 of 12, as a share of what blocks and head allow"""
+    return (at_0 + 5 * (full - at_0) / 11) / at_5
+
+
+def cases(figure, rounds, function, shape, **settings):
+    """A benchmark: its figure, and what to build for each of its cases."""
+    return figure, rounds, {case: (function, shape, changes) for case, changes in settings.items()}
+
+
+FP, PACKED, NATIVE = dict(linear='fp'), dict(how='packed'), dict(how='native', n_tokens=48)
+H, READ = dict(linear='hbitlinear'), dict(how='native')
+BENCHMARKS = {
+    f'train, {name}, {dtype}': cases(ratio, rounds, training, shape, ternary=dict(dtype=dtype),
+                                     fp=FP | dict(dtype=dtype))
+    for name, shape, rounds in (('86M', PAPER_A, 3), ('small', SMALL, 7))
+    for dtype in ('float32', 'bfloat16')}
+BENCHMARKS |= {
+    'train, 86M, Hadamard': cases(ratio, 3, training, PAPER_A, hbitlinear=H, bitlinear={}),
+    'train, 86M, sampled exits': cases(
+        ratio, 3, training, PAPER_A, sampled=dict(lambda_ee=0.3, ee_positions='sampled'), none={}),
+    'train, 86M, layer skipping': cases(
+        skipped_share, 9, training, PAPER_A, skipping=dict(p_max=0.7), full={},
+        one_block=dict(n_layer=1)),
+    'train, 2.3M, compose': cases(ratio, 45, training, recipe('compose', 'cpu'), compose={},
+                                  H_only=recipe('bitskip_h', 'cpu')),
+    'decode, 86M, packed': cases(speedup, 7, generation, PAPER_A, packed=PACKED, fp=FP),
+    'decode, 86M, packed, not as trained': cases(speedup, 5, generation, PAPER_A, packed=PACKED,
+                                                 as_trained={}),
+    'decode, 86M, native': cases(speedup, 7, generation, PAPER_A, native=NATIVE,
+                                 fp=FP | dict(n_tokens=48)),
+    'decode, 86M, native, leave at 5': cases(
+        exit_share, 7, generation, PAPER_A, layer_5=NATIVE | dict(exit_layer=5), layer_11=NATIVE,
+        layer_0=NATIVE | dict(exit_layer=0)),
+    'decode, 1.06B, native': cases(speedup, 3, generation, PAPER_B, native=dict(how='native'),
+                                   packed=PACKED),
+    'prompt of 256, 86M, packed': cases(speedup, 5, reading, PAPER_A, packed=PACKED, fp=FP),
+    'prompt of 256, 86M, native': cases(speedup, 5, reading, PAPER_A, native=READ, fp=FP)}
+QUICK = {
+    'train, tiny': cases(ratio, 3, training, TINY, ternary={}, fp=FP),
+    'decode, tiny, packed': cases(speedup, 3, generation, TINY, packed=PACKED, fp=FP),
+    'decode, tiny, native': cases(speedup, 3, generation, TINY, native=dict(how='native'), fp=FP)}
+
+
+def take_turns(functions, rounds):
+    """The median seconds of each function over rounds in which each runs once, after a warm-up."""
+    seconds = [[] for _ in functions]
+    for n in range(rounds + 1):
+        for function, times in zip(functions, seconds):
+            started = time.perf_counter()
+            function()
+            if n > 0:
+                times.append(time.perf_counter() - started)
+    return [statistics.median(times) for times in seconds]
+
+
+@dataclass
+class BenchSettings:
+    """Measures speed on a CPU."""
+    quick: bool = False  # small shapes, under a minute
+    only: str = ''  # run the benchmarks with this in their names
+    json: str = 'bench.json'  # where to write the figures
+
+
+def main(argv):
+    s = configure(BenchSettings, argv)
+    require_suffix('json', s.json, '.json')
+    keep_freed_memory()
+    there = QUICK if s.quick else BENCHMARKS
+    chosen = {name: benchmark for name, benchmark in there.items() if s.only in name}
+    if not chosen:
+        raise UserError(f"no benchmark has '{s.only}' in its name; there are: {'; '.join(there)}")
+    report = {'commit': commit(), 'machine': machine('cpu'), 'products': int8_support('cpu')[1],
+              'native': native.available()[1], 'benchmarks': {}}
+    print(report['machine'])
+    for name, (figure, rounds, made) in chosen.items():
+        seconds = take_turns([f(shape, **changes) for f, shape, changes in made.values()], rounds)
+        result = figure(*seconds)
+        report['benchmarks'][name] = {'figure': result, 'means': figure.__doc__, 'rounds': rounds,
+                                      'seconds': dict(zip(made, seconds))}
+        print(f'\n{name}: {result:.2f} ({figure.__doc__})')
+        for (case, (f, _, changes)), t in zip(made.items(), seconds):
+            n = changes.get('n_tokens', 12)
+            speed = f'{n / t:10.1f} tok/s' if f is generation else ''
+            print(f'  {case:12} {1000 * t:9.1f} ms {speed}', flush=True)
+        with atomic_write(s.json, 'w') as file:  # what is measured stays, whatever comes next
+            json.dump(report, file, indent=1)
+    print(f'\nwritten: {s.json}')
+
+
+if __name__ == '__main__':
+    run(main)

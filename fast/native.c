@@ -1,0 +1,794 @@
+/*
+A decode step of BitSkip in one C file: token ids in, logits out. native.py builds it, packs the weights and calls it.
+
+At batch 1 a step is a few hundred products of a matrix with one vector. Each takes microseconds, but so does every
+call from Python, and there are more calls than products. So here the whole step is one call, and what remains is what
+has to be: reading every weight once. There ternary weights pay, with 2 bits each instead of 32.
+
+    tokens -> embedding -> h (T, C)                                      T = 1, or a few new tokens at once
+    for each block:  h += o(norm?(attention(qkv(norm(h)))))              keys and values are appended to the cache
+                     h += down(norm?(relu(u)^2 or silu(g) u))            u, or g and u, = up(norm(h))
+    logits = head(norm(h))                                               after the last block, or at an exit
+
+A ternary linear quantizes its input to int8 codes q with one scale, as quant.py does. x86 multiplies unsigned bytes
+with signed ones, so weights are stored as w + 1 in {0, 1, 2}: sum_k (w_k + 1) q_k - sum_k q_k is exact in int32.
+
+Numbers. The same position gives the same bits, whatever the number of threads, the instruction set, and how many
+tokens share the call: integers are exact, each sum of floats has one fixed order (16 lanes, folded by halves), and
+the compiler is not allowed to reorder it or to fuse products into it (-ffp-contract=off).
+
+Threads. One of them leads: it runs the step as it is written below and, where there are many rows or heads, lays them
+out in pieces for all to take. It never waits for a thread that has taken none. So on a busy machine, where helpers do
+not get to run, a step takes what it takes on one thread. (With the regions of OpenMP, which end when all threads have
+come to their end, it took 5 to 100 times as long.)
+
+From top to bottom: what native.py fills in; sums; the input of a linear; the kernels; a step under way and its team;
+the tasks that are shared out; the same for each instruction set; the step. How the weights lie in memory is drawn in
+native.py, where they are packed.
+*/
+#include <math.h>
+#include <pthread.h>
+#include <sched.h>
+#include <stdatomic.h>
+#include <stdint.h>
+#include <string.h>
+
+enum { LANES = 16 };                // partial sums of a sum of floats; rows in a block of weights
+enum { GROUP = 4 };                 // tokens that a kernel multiplies at a time
+enum { CHUNK = 16 };                // tokens that share one reading of the weights
+enum { SOME = 256 };                // logits of which exponentials are held at a time
+enum { FLOAT, INT8, INT4, TERNARY };  // weights
+enum { NONE, LAYERNORM, RMSNORM };  // norms
+enum { PLAIN, RELU2, SWIGLU };      // the input of a linear: as it is, or `down`'s
+enum { FULL, GATE, CONFIDENCE, SATURATION };  // who may leave before the last block
+
+// -------------------------------------------------------------------------------------------------------------------
+// what native.py fills in, field by field. C: n_embd, D: C / n_head, V: vocab_size, "16s": up to a multiple of 16
+
+typedef struct {               // y = W Q(FWHT?(norm?(norm?(activation?(x)))))
+    const void *weights;       // FLOAT (rows, cols); 16s / 16: INT8 (rows, cols, 4, 64), TERNARY (rows, cols, 64)
+    const int8_t *codes;       // (rows, cols) of INT4 (rows 16s / 16, cols 16s / 16, 2, 64)
+    const float *scales;       // (rows 16s) of the weights, 0 in the padding; not for FLOAT
+    const float *norm_weight;  // (inputs) of the norm in front of this linear; NULL: there is none
+    int kind, rows, inputs, cols;  // cols: inputs or, where they are transformed, the next power of two
+    int activation, norm, linear_norm, hadamard, bits;  // norm: the kind in front; linear_norm: inside, no weight
+} Linear;
+
+typedef struct {
+    Linear qkv, o, up, down;     // q, k and v are one matrix; so are SwiGLU's gate and up
+    const float *gate1, *gate2;  // (gate_dim, C), (gate_dim) of A6; neither is in the last block
+} Block;
+
+typedef struct {
+    Linear head;
+    const Block *blocks;            // (n_layer)
+    const void *embedding;          // (V, C) float or, with scales, int8
+    const float *embedding_scales;  // (V)
+    const float *cos, *sin;         // (block_size, D / 2) of RoPE
+    float *k, *v;                   // (n_layer, n_kv_head, block_size 16s / 16, D, 16), (., ., block_size, D 16s)
+    char *workspace;                // workspace_bytes() of them
+    int n_layer, n_head, n_kv_head, n_embd, vocab_size, block_size, gate_dim, normed_exits, threads, isa;
+    float margin;                   // logits this far from the largest are exact with an INT4 head
+} Decoder;
+
+typedef struct {
+    const int64_t *tokens;                // (T), or NULL: h is given
+    float *h, *logits;                    // (T, C 16s), in and out; (n_logits, V), of the last of them
+    int T, start, first, last, n_logits;  // at the positions from start on, through blocks first ... last
+    int exit_mode;                        // other than FULL it is for T = 1
+    float threshold;
+    int exit_layer;                       // out: the block after which the last token left
+} Step;
+
+typedef struct {            // a pass of speculate.py
+    int64_t *tokens;        // (T + most): T new ones in; behind them the drafts, out
+    float *h;               // (T + most, C 16s), out
+    float *q, *p;           // out: the logits (most, V) that drafts were drawn from, and (most + 1, V) of full depth
+    const float *random;    // (most), uniform in 0 ... 1
+    int T, start, layer, most;  // blocks 0 ... layer draft, `most` tokens at most
+    float temperature, confidence;  // stop where the likeliest draft is less probable than that
+    int n;                  // out: how many there are
+} Draft;
+
+static int up_to(int multiple, int n) { return (n + multiple - 1) / multiple * multiple; }
+static int larger(int a, int b) { return a > b ? a : b; }
+static int smaller(int a, int b) { return a < b ? a : b; }
+#define INLINE static inline __attribute__((always_inline))
+
+// -------------------------------------------------------------------------------------------------------------------
+// sums. Loops over LANES become vector instructions: 16 floats are one register of AVX-512, two of AVX2, four of SSE
+
+typedef float Lanes __attribute__((vector_size(4 * LANES), aligned(4), may_alias));  // wherever they lie in memory
+
+static float fold(float *lanes) {
+    for (int half = LANES / 2; half; half /= 2)
+        for (int i = 0; i < half; i++) lanes[i] += lanes[i + half];
+    return lanes[0];
+}
+
+static float sum(const float *x, int n) {
+    float lanes[LANES] = {0};
+    int i = 0;
+    for (; i + LANES <= n; i += LANES)
+        for (int l = 0; l < LANES; l++) lanes[l] += x[i + l];
+    for (int l = 0; i + l < n; l++) lanes[l] += x[i + l];
+    return fold(lanes);
+}
+
+static float dot(const float *x, const float *y, int n) {
+    float lanes[LANES] = {0};
+    int i = 0;
+    for (; i + LANES <= n; i += LANES)
+        for (int l = 0; l < LANES; l++) lanes[l] += x[i + l] * y[i + l];
+    for (int l = 0; i + l < n; l++) lanes[l] += x[i + l] * y[i + l];
+    return fold(lanes);
+}
+
+static int32_t bits_of(float x) { int32_t bits; memcpy(&bits, &x, sizeof bits); return bits; }
+static float float_of(int32_t bits) { float x; memcpy(&x, &bits, sizeof x); return x; }
+
+// max x, by comparing integers, which vectorises: floats order as their bits do, once those of the negative ones are
+// turned over (all but the sign).
+static float max(const float *x, int n) {
+    int32_t largest = INT32_MIN;
+    for (int i = 0; i < n; i++) {
+        int32_t bits = bits_of(x[i]), key = bits ^ ((bits >> 31) & INT32_MAX);
+        largest = key > largest ? key : largest;
+    }
+    return float_of(largest ^ ((largest >> 31) & INT32_MAX));
+}
+
+static float max_abs(const float *x, int n) {
+    int32_t largest = 0;
+    for (int i = 0; i < n; i++) {
+        int32_t bits = bits_of(x[i]) & INT32_MAX;
+        largest = bits > largest ? bits : largest;
+    }
+    return float_of(largest);
+}
+
+// x rounded to an integer, ties to even, for |x| < 2^22: in x + 1.5 2^23 there is no bit left for a fraction.
+static const float MAGIC = 12582912.0f;
+static int32_t nearest(float x) { return bits_of(x + MAGIC) - bits_of(MAGIC); }
+
+// e^x = 2^n e^r with n an integer and |r| <= ln(2) / 2, to 2 units in the last place. Unlike expf it vectorises.
+static float exponential(float x) {
+    x = x < -87.0f ? -87.0f : x > 88.0f ? 88.0f : x;
+    float n = (x * 1.44269504f + MAGIC) - MAGIC;
+    float r = x - n * 0.693359375f + n * 2.12194440e-4f;  // ln 2 in two parts, the first exact in the product
+    float p = 1.9875691500e-4f;
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    return (p * r * r + r + 1) * float_of((int32_t)((uint32_t)(nearest(n) + 127) << 23));
+}
+
+// -------------------------------------------------------------------------------------------------------------------
+// the input of a linear
+
+typedef struct {  // as the product reads it, of one token: a cache line, and behind it `data`, up to Run.slot_bytes
+    float scale;
+    int32_t sum;  // of the codes
+    char line[56];
+    int8_t data[];  // codes, or floats. (With a size here, compilers take it at its word: GCC 14 forgot the zeros.)
+} Slot;
+
+// The FFN's non-linearity: relu(up)^2, or silu(gate) up where `in` holds gate (n) and up (n).
+static void activate(const float *restrict in, int n, int activation, float *restrict x) {
+    if (activation == PLAIN) memcpy(x, in, n * sizeof *x);
+    if (activation == RELU2)
+        for (int i = 0; i < n; i++) x[i] = in[i] > 0 ? in[i] * in[i] : 0;
+    if (activation == SWIGLU) {
+        for (int i = 0; i < n; i++) x[i] = exponential(-in[i]);
+        for (int i = 0; i < n; i++) x[i] = in[i] / (1 + x[i]) * in[n + i];
+    }
+}
+
+// x = norm(x), times weight unless that is NULL.
+static void normalize(float *restrict x, const float *restrict weight, int n, int kind, float eps) {
+    float mean = kind == LAYERNORM ? sum(x, n) / n : 0;
+    for (int i = 0; i < n; i++) x[i] -= mean;
+    float r = 1 / sqrtf(dot(x, x, n) / n + eps);
+    if (weight)
+        for (int i = 0; i < n; i++) x[i] = x[i] * r * weight[i];
+    else
+        for (int i = 0; i < n; i++) x[i] *= r;
+}
+
+// (a, b) = (a + b, a - b).
+static void butterfly(float *restrict a, float *restrict b, int n) {
+    for (int i = 0; i < n; i++) {
+        float top = a[i], bottom = b[i];
+        a[i] = top + bottom, b[i] = top - bottom;
+    }
+}
+
+// The same within a run of 16, between entries `half` apart. half is known at compile time: a shuffle and a sum.
+INLINE void butterfly_within(float *run, const int half) {
+    float y[LANES];
+    for (int l = 0; l < LANES; l++) y[l] = l & half ? run[l ^ half] - run[l] : run[l ^ half] + run[l];
+    memcpy(run, y, sizeof y);
+}
+
+// x = H_n x (B4), in place. For n < 16 there are zeros behind x, up to 16.
+static void fwht(float *x, int n) {
+    float scale = (float)(1 / sqrt(n));
+    for (int i = 0; i < n; i++) x[i] *= scale;
+    for (int half = LANES; half < n; half *= 2)
+        for (int i = 0; i < n; i += 2 * half) butterfly(x + i, x + i + half, half);
+    for (int i = 0; i < n; i += LANES) {
+        if (n > 1) butterfly_within(x + i, 1);
+        if (n > 2) butterfly_within(x + i, 2);
+        if (n > 4) butterfly_within(x + i, 4);
+        if (n > 8) butterfly_within(x + i, 8);
+    }
+}
+
+// A2: codes, their scale and their sum; zeros behind them up to a whole block.
+static void quantize(const float *x, int n, int bits, Slot *slot) {
+    int q = (1 << (bits - 1)) - 1;
+    float s = max_abs(x, n), scale = (s < 1e-20f ? 1e-20f : s) / q;
+    int32_t total = 0;
+    for (int i = 0; i < n; i++) {
+        int32_t code = nearest(x[i] / scale);
+        slot->data[i] = (int8_t)code;
+        total += code;
+    }
+    memset(slot->data + n, 0, up_to(LANES, n) - n);
+    slot->scale = scale, slot->sum = total;
+}
+
+// -------------------------------------------------------------------------------------------------------------------
+// kernels: sums[t][r] = sum_k w[r][k] x[t][k] in exact int32, of 16 rows r and n <= GROUP tokens t. Weights come 16
+// columns at a time: 64 bytes if ternary, 4 x 64 if int8, which native.py draws. The 4-byte lane r of each 64 bytes
+// belongs to row r, so nothing is ever summed across lanes.
+
+#if __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+#error "native.c is for little-endian machines: byte 0 of a lane is its lowest"
+#endif
+typedef void Kernel(const uint8_t *w, int blocks, const int8_t *const *x, int n, int bits, int32_t sums[][LANES]);
+typedef uint32_t Rows __attribute__((vector_size(4 * LANES)));
+
+static void kernel_portable(const uint8_t *w, int blocks, const int8_t *const *x, int n, int bits,
+                            int32_t sums[][LANES]) {
+    for (int t = 0; t < n; t++) {
+        Rows rows, total = {0};
+        for (int b = 0; b < blocks; b++)
+            for (int s = 0; s < 4; s++) {  // columns 16 b + 4 s + j
+                memcpy(&rows, w + 64 * ((4 * b + s) * bits / 8), sizeof rows);
+                if (bits < 8) rows = rows >> bits * s % 8 & (bits == 2 ? 0x03030303 : 0x0f0f0f0f);
+                for (int j = 0; j < 4; j++) total += (rows >> 8 * j & 255) * (uint32_t)x[t][16 * b + 4 * s + j];
+            }
+        memcpy(sums[t], &total, sizeof total);
+    }
+}
+
+#ifdef __x86_64__
+#include <immintrin.h>
+#define AVX2 __attribute__((target("avx2")))
+#define AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")))
+
+INLINE int32_t four(const int8_t *x) { int32_t bytes; memcpy(&bytes, x, sizeof bytes); return bytes; }
+
+// vpdpbusd: every int32 lane += its four unsigned bytes times the four signed ones. `ways` sums a token are under way
+// at once: enough to hide the latency, few enough for the registers.
+AVX512 INLINE void multiply_512(const uint8_t *w, int blocks, const int8_t *const *x, const int n, const int bits,
+                                int32_t sums[][LANES]) {
+    const int ways = n > 2 ? 2 : 4;
+    __m512i total[GROUP][4], mask = _mm512_set1_epi8((1 << bits) - 1);
+    for (int t = 0; t < n; t++)
+        for (int s = 0; s < ways; s++) total[t][s] = _mm512_setzero_si512();
+    for (int b = 0; b < blocks; b++)
+        for (int s = 0; s < 4; s++) {
+            __m512i rows = _mm512_loadu_si512(w + 64 * ((4 * b + s) * bits / 8));
+            if (bits < 8) rows = _mm512_and_si512(_mm512_srli_epi16(rows, bits * s % 8), mask);
+            for (int t = 0; t < n; t++) {
+                __m512i q = _mm512_set1_epi32(four(x[t] + 16 * b + 4 * s));
+                total[t][s % ways] = _mm512_dpbusd_epi32(total[t][s % ways], rows, q);
+            }
+        }
+    for (int t = 0; t < n; t++) {
+        for (int s = 1; s < ways; s++) total[t][0] = _mm512_add_epi32(total[t][0], total[t][s]);
+        _mm512_storeu_si512(sums[t], total[t][0]);
+    }
+}
+
+// Without VNNI, 8 rows at a time. The product of unsigned and signed bytes sums pairs of them in int16: enough for
+// codes up to 15, even four pairs of them. Bytes up to 255 are widened first, even and odd ones on their own.
+AVX2 INLINE void multiply_256(const uint8_t *w, int blocks, const int8_t *const *x, const int n, const int bits,
+                              int32_t sums[][LANES]) {
+    const __m256i mask = _mm256_set1_epi8((1 << bits) - 1), ones = _mm256_set1_epi16(1), low = _mm256_set1_epi16(255);
+    for (int half = 0; half < 2; half++) {
+        __m256i total[GROUP], pairs[GROUP];
+        for (int t = 0; t < n; t++) total[t] = _mm256_setzero_si256();
+        for (int b = 0; b < blocks; b++) {
+            for (int s = 0; s < 4; s++) {
+                __m256i rows = _mm256_loadu_si256((const __m256i *)(w + 64 * ((4 * b + s) * bits / 8) + 32 * half));
+                __m256i codes = _mm256_and_si256(_mm256_srli_epi16(rows, bits * s % 8), mask);
+                __m256i even = _mm256_and_si256(rows, low), odd = _mm256_srli_epi16(rows, 8);
+                for (int t = 0; t < n; t++) {
+                    __m256i q = _mm256_set1_epi32(four(x[t] + 16 * b + 4 * s));
+                    if (bits < 8) {
+                        __m256i p = _mm256_maddubs_epi16(codes, q);
+                        pairs[t] = s ? _mm256_add_epi16(pairs[t], p) : p;
+                    } else {
+                        __m256i q_even = _mm256_srai_epi16(_mm256_slli_epi16(q, 8), 8);
+                        __m256i q_odd = _mm256_srai_epi16(q, 8);
+                        total[t] = _mm256_add_epi32(total[t], _mm256_madd_epi16(even, q_even));
+                        total[t] = _mm256_add_epi32(total[t], _mm256_madd_epi16(odd, q_odd));
+                    }
+                }
+            }
+            for (int t = 0; t < n && bits < 8; t++)
+                total[t] = _mm256_add_epi32(total[t], _mm256_madd_epi16(pairs[t], ones));
+        }
+        for (int t = 0; t < n; t++) _mm256_storeu_si256((__m256i *)(sums[t] + 8 * half), total[t]);
+    }
+}
+
+// n and bits as constants, so that the loops unroll and the sums stay in registers.
+#define BY_COUNT(multiply, bits) \
+    (n == 1 ? multiply(w, blocks, x, 1, bits, sums) : n == 2 ? multiply(w, blocks, x, 2, bits, sums) : \
+     n == 3 ? multiply(w, blocks, x, 3, bits, sums) : multiply(w, blocks, x, 4, bits, sums))
+#define BY_BITS(multiply) \
+    (bits == 2 ? BY_COUNT(multiply, 2) : bits == 4 ? BY_COUNT(multiply, 4) : BY_COUNT(multiply, 8))
+
+AVX512 static void kernel_avx512(const uint8_t *w, int blocks, const int8_t *const *x, int n, int bits,
+                                 int32_t sums[][LANES]) { BY_BITS(multiply_512); }
+
+AVX2 static void kernel_avx2(const uint8_t *w, int blocks, const int8_t *const *x, int n, int bits,
+                             int32_t sums[][LANES]) { BY_BITS(multiply_256); }
+#endif
+
+// -------------------------------------------------------------------------------------------------------------------
+// a step under way, and the team that shares its work
+
+typedef struct Run Run;
+typedef void Task(Run *run, int piece, float *scratch);
+
+struct Run {
+    const Decoder *d;
+    int C, Q, F, X;                  // row lengths, multiples of 16: of h and y, qkv, ffn, scratch
+    float *qkv, *y, *ffn, *scratch;  // (CHUNK, .); scratch (threads, X)
+    float *before;                   // (C): what the block was given, where that decides who leaves
+    char *slots;                     // (CHUNK, slot_bytes)
+    int64_t slot_bytes;
+    int T, start, layer, has_left;   // tokens at hand, position of the first, block; has the (only) token left?
+    Task *task;                      // what is shared out, in how many pieces, and for a linear its L, in, out
+    int pieces;
+    const Linear *L;
+    const float *in;
+    float *out;
+    int in_stride, out_stride, add;
+    float least[CHUNK];              // what is worth refining
+};
+
+// What is on offer is one number, so that taking a piece is one atomic operation. It can only succeed while there are
+// pieces, and while a piece is not done, the Run that it belongs to stays as it is.
+static struct {
+    _Alignas(64) atomic_uint offer;      // threads that it is for << 16 | pieces that nobody has taken yet
+    _Alignas(64) atomic_int unfinished;  // pieces that are not done yet
+    _Alignas(64) Run *run;
+    pthread_mutex_t leading, lock;       // one step at a time; `lock` is for what follows
+    pthread_cond_t begin;
+    int steps, helpers;                  // steps begun; helpers there are
+} team = {.leading = PTHREAD_MUTEX_INITIALIZER, .lock = PTHREAD_MUTEX_INITIALIZER, .begin = PTHREAD_COND_INITIALIZER};
+
+// Take pieces, and do them, until none is left. Returns how many. id: 0 is the leader.
+static int take_pieces(unsigned id) {
+    int n = 0;
+    unsigned offer = atomic_load_explicit(&team.offer, memory_order_acquire);
+    while (id < offer >> 16 && (offer & 0xffff)) {
+        if (!atomic_compare_exchange_weak_explicit(&team.offer, &offer, offer - 1, memory_order_acq_rel,
+                                                   memory_order_acquire)) continue;  // not the first: look again
+        team.run->task(team.run, (int)(offer & 0xffff) - 1, team.run->scratch + (int64_t)team.run->X * id);
+        atomic_fetch_sub_explicit(&team.unfinished, 1, memory_order_release);
+        offer = atomic_load_explicit(&team.offer, memory_order_acquire);
+        n++;
+    }
+    return n;
+}
+
+static void idle(int spins) {
+    if (spins >= 1000) sched_yield();  // after some 20 microseconds: perhaps who we wait for needs this very core
+#ifdef __x86_64__
+    else __builtin_ia32_pause();
+#endif
+}
+
+// Do a task of so many pieces, with the help of who comes.
+static void share_out(Run *run, Task *task, int pieces) {
+    run->task = task, run->pieces = pieces, team.run = run;
+    if (pieces == 1) {
+        task(run, 0, run->scratch);
+        return;
+    }
+    atomic_store_explicit(&team.unfinished, pieces, memory_order_relaxed);
+    atomic_store_explicit(&team.offer, (unsigned)run->d->threads << 16 | (unsigned)pieces, memory_order_release);
+    take_pieces(0);
+    for (int spins = 0; atomic_load_explicit(&team.unfinished, memory_order_acquire); spins++) idle(spins);
+}
+
+// A helper's life: it wakes when a step begins, and sleeps when there has been nothing to do for some 0.3 ms, which
+// outlasts the pause between two steps.
+static void *help(void *id) {
+    for (int seen = 0;;) {
+        pthread_mutex_lock(&team.lock);
+        while (team.steps == seen) pthread_cond_wait(&team.begin, &team.lock);
+        seen = team.steps;
+        pthread_mutex_unlock(&team.lock);
+        for (int spins = 0; spins < 1200; spins++) {
+            if (take_pieces((unsigned)(intptr_t)id)) spins = 0;
+            idle(spins);
+        }
+    }
+    return NULL;
+}
+
+static void wake_helpers(int threads) {
+    pthread_t thread;
+    pthread_mutex_lock(&team.lock);
+    while (team.helpers < threads - 1 && !pthread_create(&thread, NULL, help, (void *)(intptr_t)(team.helpers + 1))) {
+        pthread_detach(thread);
+        team.helpers++;
+    }
+    team.steps++;
+    pthread_cond_broadcast(&team.begin);
+    pthread_mutex_unlock(&team.lock);
+}
+
+// Lay the buffers out in the workspace, once there is one. Returns its size in bytes.
+static int64_t lay_out(const Decoder *d, Run *run) {
+    const Block *b = d->blocks;
+    int C = up_to(LANES, d->n_embd), Q = up_to(LANES, b->qkv.rows);
+    int F = up_to(LANES, b->up.rows);
+    int X = up_to(LANES, larger(larger(b->qkv.cols, b->o.cols), larger(b->down.cols, d->block_size)));
+    int64_t shared = (int64_t)CHUNK * (Q + C + F), floats = shared + (int64_t)d->threads * X + C;
+    *run = (Run){.d = d, .C = C, .Q = Q, .F = F, .X = X, .slot_bytes = 64 + (int64_t)X * sizeof(float)};
+    if (d->workspace) {
+        run->qkv = (float *)d->workspace;
+        run->y = run->qkv + CHUNK * Q;
+        run->ffn = run->y + CHUNK * C;
+        run->scratch = run->qkv + shared;
+        run->before = run->qkv + floats - C;
+        run->slots = (char *)(run->qkv + floats);
+    }
+    return floats * sizeof(float) + CHUNK * run->slot_bytes;
+}
+
+static Slot *slot(const Run *run, int t) { return (Slot *)(run->slots + t * run->slot_bytes); }
+
+// -------------------------------------------------------------------------------------------------------------------
+// tasks
+
+// The input of token t, to its slot, by way of x.
+INLINE void prepare(Run *run, int t, float *x) {
+    const Linear *L = run->L;
+    int n = L->inputs;
+    activate(run->in + (int64_t)t * run->in_stride, n, L->activation, x);
+    if (L->norm_weight) normalize(x, L->norm_weight, n, L->norm, 1e-5f);
+    if (L->linear_norm) normalize(x, NULL, n, L->linear_norm, L->linear_norm == RMSNORM ? 0x1p-23f : 1e-5f);
+    if (L->hadamard) {
+        memset(x + n, 0, (up_to(LANES, L->cols) - n) * sizeof *x);
+        fwht(x, L->cols);
+    }
+    if (L->kind == FLOAT) memcpy(slot(run, t)->data, x, n * sizeof *x);
+    else quantize(x, L->cols, L->bits, slot(run, t));
+}
+
+// Rows 16 i ... 16 i + 15 of the product, for tokens t ... t + GROUP - 1.
+INLINE void multiply_integers(Run *run, int i, int t, Kernel *kernel) {
+    const Linear *L = run->L;
+    int bits = L->kind == TERNARY ? 2 : L->kind == INT4 ? 4 : 8;
+    int excess = L->kind == TERNARY ? 1 : 128;  // what was added to the weights
+    int blocks = up_to(LANES, L->cols) / LANES, n = smaller(GROUP, run->T - t), rows = L->rows - i * LANES;
+    const int8_t *x[GROUP] = {0};
+    int32_t sums[GROUP][LANES];
+    for (int j = 0; j < n; j++) x[j] = slot(run, t + j)->data;
+    kernel((const uint8_t *)L->weights + (int64_t)i * blocks * 32 * bits, blocks, x, n, bits, sums);
+    for (int j = 0; j < n; j++) {
+        const Slot *s = slot(run, t + j);
+        const float *scales = L->scales + i * LANES;
+        float *out = run->out + (int64_t)(t + j) * run->out_stride + i * LANES, y[LANES];
+        if (bits == 4)  // the upper halves of w + 128; of the lower ones the mean, 7.5
+            for (int r = 0; r < LANES; r++) y[r] = (16.0f * sums[j][r] - 120.5f * s->sum) * s->scale * scales[r];
+        else
+            for (int r = 0; r < LANES; r++) y[r] = (float)(sums[j][r] - excess * s->sum) * s->scale * scales[r];
+        if (run->add) for (int r = 0; r < LANES; r++) out[r] += y[r];
+        else if (rows >= LANES) memcpy(out, y, sizeof y);
+        else memcpy(out, y, rows * sizeof *y);
+    }
+}
+
+INLINE void multiply_floats(Run *run, int i) {
+    const Linear *L = run->L;
+    for (int r = i * LANES; r < smaller(L->rows, (i + 1) * LANES); r++)
+        for (int t = 0; t < run->T; t++) {
+            float *out = run->out + (int64_t)t * run->out_stride + r;
+            *out = dot((const float *)L->weights + (int64_t)r * L->cols, (const float *)slot(run, t)->data, L->cols)
+                   + (run->add ? *out : 0);
+        }
+}
+
+INLINE void multiply(Run *run, int piece, Kernel *kernel) {
+    int64_t n = up_to(LANES, run->L->rows) / LANES;  // of 16 rows each
+    for (int i = (int)(n * piece / run->pieces); i < n * (piece + 1) / run->pieces; i++)
+        if (run->L->kind == FLOAT) multiply_floats(run, i);
+        else for (int t = 0; t < run->T; t += GROUP) multiply_integers(run, i, t, kernel);
+}
+
+// An INT4 product made exact, by all 8 bits, where it is above run->least of a token.
+INLINE void refine(Run *run, int piece) {
+    const Linear *L = run->L;
+    for (int t = 0; t < run->T; t++) {
+        const Slot *s = slot(run, t);
+        float *out = run->out + (int64_t)t * run->out_stride;
+        for (int64_t r = (int64_t)L->rows * piece / run->pieces; r < (int64_t)L->rows * (piece + 1) / run->pieces; r++)
+            if (out[r] >= run->least[t]) {
+                int32_t total = 0;
+                for (int i = 0; i < L->cols; i++) total += L->codes[r * L->cols + i] * s->data[i];
+                out[r] = (float)total * s->scale * L->scales[r];
+            }
+    }
+}
+
+// RoPE in place: (x_i, x_(i + D/2)) turned by the angle of frequency i at this position.
+static void rotate(const Decoder *d, float *x, int D, int position) {
+    const float *cos = d->cos + position * (D / 2), *sin = d->sin + position * (D / 2);
+    for (int i = 0; i < D / 2; i++) {
+        float a = x[i], b = x[i + D / 2];
+        x[i] = a * cos[i] - b * sin[i];
+        x[i + D / 2] = a * sin[i] + b * cos[i];
+    }
+}
+
+// One query over the first n positions: y (D) = softmax(q k / sqrt(D)) v, by way of p (n 16s).
+static void attend(const float *q, const float *k, const float *v, int n, int D, float *p, float *y) {
+    int width = up_to(LANES, D) / LANES;
+    const Lanes *keys = (const Lanes *)k, *values = (const Lanes *)v;  // (n 16s / 16, D), (n, width)
+    float scale = 1 / sqrtf(D);
+    for (int i = 0; i < n; i += LANES, keys += D) {  // what comes out for positions from n on is never used
+        Lanes even = {0}, odd = {0};
+        for (int j = 0; j < D; j += 2) even += q[j] * keys[j], odd += q[j + 1] * keys[j + 1];
+        *(Lanes *)(p + i) = (even + odd) * scale;
+    }
+    float largest = max(p, n);
+    for (int i = 0; i < n; i++) p[i] = exponential(p[i] - largest);
+    float total = sum(p, n);
+    for (int j = 0; j < width; j++) {
+        Lanes even = {0}, odd = {0};
+        for (int i = 0; i < n / 2 * 2; i += 2)
+            even += p[i] * values[i * width + j], odd += p[i + 1] * values[(i + 1) * width + j];
+        if (n % 2) even += p[n - 1] * values[(n - 1) * width + j];
+        even = (even + odd) / total;
+        memcpy(y + j * LANES, &even, smaller(LANES, D - j * LANES) * sizeof *y);
+    }
+}
+
+// Key-value head g: the new tokens' keys and values go to the cache; then its queries read from it what goes to y.
+INLINE void attention(Run *run, int g, float *p) {
+    const Decoder *d = run->d;
+    int D = d->n_embd / d->n_head, queries = d->n_head / d->n_kv_head;
+    int64_t cached = (int64_t)run->layer * d->n_kv_head + g;
+    float *k = d->k + cached * up_to(LANES, d->block_size) * D, *v = d->v + cached * d->block_size * up_to(LANES, D);
+    for (int t = 0; t < run->T; t++) {
+        int position = run->start + t;
+        float *new_k = run->qkv + t * run->Q + d->n_embd + g * D, *new_v = new_k + d->n_kv_head * D;
+        rotate(d, new_k, D, position);
+        for (int i = 0; i < D; i++) k[(position / LANES * D + i) * LANES + position % LANES] = new_k[i];
+        memcpy(v + position * up_to(LANES, D), new_v, D * sizeof *v);
+    }
+    for (int t = 0; t < (run->has_left ? 0 : run->T); t++)
+        for (int i = g * queries; i < (g + 1) * queries; i++) {
+            float *q = run->qkv + t * run->Q + i * D;
+            rotate(d, q, D, run->start + t);
+            attend(q, k, v, run->start + t + 1, D, p, run->y + t * run->C + i * D);
+        }
+}
+
+// A6: sigmoid(w2 relu(w1 norm(h))).
+INLINE float gate(Run *run, const float *h, float *x) {
+    const Block *b = &run->d->blocks[run->layer];
+    int C = run->d->n_embd;
+    float score = 0;
+    memcpy(x, h, C * sizeof *x);
+    normalize(x, NULL, C, LAYERNORM, 1e-5f);
+    for (int i = 0; i < run->d->gate_dim; i++) {
+        float z = dot(b->gate1 + i * C, x, C);
+        score += b->gate2[i] * (z > 0 ? z : 0);
+    }
+    return 1 / (1 + exponential(-score));
+}
+
+// e = e^((x - largest) / temperature), of n <= SOME logits x; returns their sum.
+INLINE float powers(const float *restrict x, int n, float largest, float temperature, float *restrict e) {
+    for (int i = 0; i < n; i++) e[i] = exponential((x[i] - largest) / temperature);
+    return sum(e, n);
+}
+
+// The largest softmax probability of n logits, e^0 / sum e^(x - max).
+INLINE float confidence(const float *x, int n) {
+    float largest = max(x, n), total = 0, e[SOME];
+    for (int i = 0; i < n; i += SOME) total += powers(x + i, smaller(SOME, n - i), largest, 1, e);
+    return 1 / total;
+}
+
+// The likeliest of n tokens or, at a temperature, the one where their summed probabilities exceed `random`.
+INLINE int choose(const float *x, int n, float temperature, float random) {
+    float largest = max(x, n), total = 0, e[SOME];
+    int i = 0;
+    if (temperature == 0) {
+        while (x[i] != largest) i++;
+        return i;
+    }
+    for (; i < n; i += SOME) total += powers(x + i, smaller(SOME, n - i), largest, temperature, e);
+    for (i = 0, total *= random; i < n; i += SOME) {
+        int m = smaller(SOME, n - i);
+        float here = powers(x + i, m, largest, temperature, e);
+        for (int j = 0; j < m && (total < here || i + m == n); j++)
+            if ((total -= e[j]) < 0 || i + j == n - 1) return i + j;
+        total -= here;
+    }
+    return n - 1;
+}
+
+// -------------------------------------------------------------------------------------------------------------------
+// all this once for each instruction set: "flatten" inlines, and so compiles anew, what a function calls
+
+#define COMPILE(SET, set) \
+    SET static void prepare_##set(Run *run, int t, float *scratch) { prepare(run, t, scratch); } \
+    SET static void multiply_##set(Run *run, int piece, float *x) { (void)x; multiply(run, piece, kernel_##set); } \
+    SET static void refine_##set(Run *run, int piece, float *x) { (void)x; refine(run, piece); } \
+    SET static float max_##set(const float *x, int n) { return max(x, n); } \
+    SET static void attention_##set(Run *run, int g, float *scratch) { attention(run, g, scratch); } \
+    SET static float gate_##set(Run *run, const float *h) { return gate(run, h, run->scratch); } \
+    SET static float confidence_##set(const float *x, int n) { return confidence(x, n); } \
+    SET static int choose_##set(const float *x, int n, float temperature, float random) { \
+        return choose(x, n, temperature, random); }
+#define FLATTEN __attribute__((flatten))
+COMPILE(FLATTEN, portable)
+#ifdef __x86_64__
+COMPILE(FLATTEN AVX2, avx2)
+COMPILE(FLATTEN AVX512, avx512)
+#endif
+
+static const struct {
+    Task *prepare, *multiply, *refine, *attention;
+    float (*max)(const float *x, int n);
+    float (*gate)(Run *run, const float *h);
+    float (*confidence)(const float *x, int n);
+    int (*choose)(const float *x, int n, float temperature, float random);
+} SETS[] = {
+#define MEMBERS(set) {prepare_##set, multiply_##set, refine_##set, attention_##set, max_##set, gate_##set, \
+                      confidence_##set, choose_##set}
+    MEMBERS(portable),
+#ifdef __x86_64__
+    MEMBERS(avx2), MEMBERS(avx512),
+#endif
+};
+
+int best_isa(void) {  // the best of SETS here
+#ifdef __x86_64__
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq")
+        && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni")) return 2;
+    if (__builtin_cpu_supports("avx2")) return 1;
+#endif
+    return 0;
+}
+
+// -------------------------------------------------------------------------------------------------------------------
+// the step
+
+// out = or += L(in), of all tokens at hand; strides are the lengths of their rows.
+static void linear(Run *run, const Linear *L, const float *in, int in_stride, float *out, int out_stride, int add) {
+    run->L = L, run->in = in, run->in_stride = in_stride;
+    run->out = out, run->out_stride = out_stride, run->add = add;
+    share_out(run, SETS[run->d->isa].prepare, run->T);
+    share_out(run, SETS[run->d->isa].multiply, smaller(2 * run->d->threads, up_to(LANES, L->rows) / LANES));
+}
+
+// One block. A token that has left gives it keys and values, and nothing else (state propagation).
+static void run_block(Run *run, float *h) {
+    const Block *b = &run->d->blocks[run->layer];
+    linear(run, &b->qkv, h, run->C, run->qkv, run->Q, 0);
+    share_out(run, SETS[run->d->isa].attention, run->d->n_kv_head);
+    if (run->has_left) return;
+    linear(run, &b->o, run->y, run->C, h, run->C, 1);
+    linear(run, &b->up, h, run->C, run->ffn, run->F, 0);
+    linear(run, &b->down, run->ffn, run->F, h, run->C, 1);
+}
+
+// The logits of T states h after block `layer`.
+static void read_out(Run *run, int T, const float *h, int layer, float *logits) {
+    Linear head = run->d->head;
+    if (layer < run->d->n_layer - 1 && !run->d->normed_exits) head.norm_weight = NULL;
+    run->T = T;
+    linear(run, &head, h, run->C, logits, head.rows, 0);
+    if (head.kind != INT4) return;
+    for (int t = 0; t < T; t++)
+        run->least[t] = SETS[run->d->isa].max(logits + (int64_t)t * head.rows, head.rows) - run->d->margin;
+    share_out(run, SETS[run->d->isa].refine, 2 * run->d->threads);
+}
+
+static float cosine(const float *a, const float *b, int n) {
+    return fminf(dot(a, b, n) / sqrtf(dot(a, a, n) * dot(b, b, n)), 1.0f);
+}
+
+// Does the token with this state leave after this block? (CONFIDENCE computes its logits on the way.)
+static int leaves(Run *run, const Step *s, const float *h) {
+    if (s->exit_mode == FULL || run->layer == s->last) return 0;
+    if (s->exit_mode == GATE) return SETS[run->d->isa].gate(run, h) > s->threshold;
+    if (s->exit_mode == SATURATION) return cosine(h, run->before, run->d->n_embd) > s->threshold;
+    read_out(run, 1, h, run->layer, s->logits);
+    return SETS[run->d->isa].confidence(s->logits, run->d->vocab_size) > s->threshold;
+}
+
+static void embed(const Decoder *d, int64_t token, float *h) {
+    int C = d->n_embd;
+    if (d->embedding_scales) {
+        const int8_t *codes = (const int8_t *)d->embedding + token * C;
+        for (int i = 0; i < C; i++) h[i] = codes[i] * d->embedding_scales[token];
+    } else memcpy(h, (const float *)d->embedding + token * C, C * sizeof *h);
+}
+
+static void pass(Run *run, Step *s) {
+    const Decoder *d = run->d;
+    s->exit_layer = s->last;
+    for (int t = 0; t < s->T; t += CHUNK) {
+        float *h = s->h + (int64_t)t * run->C;
+        run->T = smaller(CHUNK, s->T - t), run->start = s->start + t;
+        for (int i = 0; i < run->T && s->tokens; i++) embed(d, s->tokens[t + i], h + i * run->C);
+        for (run->layer = s->first; run->layer <= s->last; run->layer++) {
+            if (s->exit_mode == SATURATION) memcpy(run->before, h, d->n_embd * sizeof *h);
+            run_block(run, h);
+            if (!run->has_left && leaves(run, s, h)) run->has_left = 1, s->exit_layer = run->layer;
+        }
+    }
+    int has_logits = run->has_left && s->exit_mode == CONFIDENCE;
+    const float *h = s->h + (int64_t)(s->T - s->n_logits) * run->C;
+    for (int i = 0; i < s->n_logits && !has_logits; i += CHUNK)
+        read_out(run, smaller(CHUNK, s->n_logits - i), h + (int64_t)i * run->C, s->exit_layer,
+                 s->logits + (int64_t)i * d->vocab_size);
+}
+
+static void begin(const Decoder *d, Run *run) {
+    lay_out(d, run);
+    pthread_mutex_lock(&team.leading);
+    wake_helpers(d->threads);
+}
+
+void step(const Decoder *d, Step *s) {
+    Run run;
+    begin(d, &run);
+    pass(&run, s);
+    pthread_mutex_unlock(&team.leading);
+}
+
+// Draft tokens by the first blocks, as long as these are sure; let the others say what they make of them.
+void draft(const Decoder *d, Draft *p) {
+    Run run;
+    begin(d, &run);
+    Step s = {.tokens = p->tokens, .h = p->h, .T = p->T, .start = p->start, .last = p->layer};
+    pass(&run, &s);
+    int T = p->T;  // tokens so far
+    for (p->n = 0; p->n < p->most; p->n++, T++) {
+        float *q = p->q + (int64_t)p->n * d->vocab_size, *h = p->h + (int64_t)T * run.C;
+        read_out(&run, 1, h - run.C, p->layer, q);
+        if (p->confidence > 0 && SETS[d->isa].confidence(q, d->vocab_size) < p->confidence) break;
+        p->tokens[T] = SETS[d->isa].choose(q, d->vocab_size, p->temperature, p->random[p->n]);
+        s = (Step){.tokens = p->tokens + T, .h = h, .T = 1, .start = p->start + T, .last = p->layer};
+        pass(&run, &s);
+    }
+    s = (Step){.h = p->h, .logits = p->p, .T = T, .start = p->start, .first = p->layer + 1, .last = d->n_layer - 1,
+               .n_logits = p->n + 1};
+    pass(&run, &s);
+    pthread_mutex_unlock(&team.leading);
+}
+
+int64_t workspace_bytes(const Decoder *d) {
+    Run run;
+    return lay_out(d, &run);
+}

@@ -1,0 +1,1 @@
+# The papers and our answers. Run from the root: python -m papers.ablate

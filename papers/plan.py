@@ -1,0 +1,106 @@
+"""
+The plan: every experiment as cells, each a command line. The most informative come first.
+
+    ladder    from as run to fixed, one change a rung: what is Hadamard, what made the cliff
+    compute   our exits against the best model without exits, at equal tokens and at equal time
+    A2        the 2 x 2 of Paper A, fixed: {BitLinear, H-BitLinear} x {no exits, exits}
+    length    the same comparison at four times the length
+    width     and at widths 64 and 256, with equal tokens per parameter
+    heads     Paper A's recommendation: own heads, adapters, distillation
+    routing   the routing loss through the blocks, and cut off from them
+    B         Paper B's variants, narrow
+
+papers/ablate.py trains them, papers/tables.py prints what was measured. To add an experiment, add a
+table here.
+"""
+from dataclasses import dataclass
+
+from papers.measures import LADDER
+
+SEEDS = (7, 8, 9, 10, 11)
+TUNING_SEED = 6  # chooses rates, and is reported nowhere
+RATES = (2e-3, 4e-3)
+
+@dataclass
+class Table:
+    """An experiment: {label: command line}, how many seeds, and the rates to choose from (on the
+    validation text, by a run with TUNING_SEED); none: the command's own."""
+    title: str
+    cells: dict
+    seeds: int = 3
+    rates: tuple = ()
+
+# Paper A's regime in miniature: an epoch of 290 steps, early stopping, a cosine that never ends.
+# 12 blocks of width 128, 1,024 bytes a step. papers/ablate.py makes the short text (SHORT_TEXT).
+EPOCH_STEPS = 290
+AS_RUN = ('config/cpu.py --block_size=128 --batch_size=8 --data_dir=data/short --max_iters=10000 '
+          '--eval_interval=100 --learning_rate=6e-4 --warmup_iters=100')
+EXITS = '--lambda_ee=0.3 --p_max=0.7 --lambda_q=0.05 --lambda_r=0.2'
+
+def ladder():
+    """{'rung, column': command}: rungs pile up; Baseline and H-only climb all that touch them, the
+    cell with exits all."""
+    cells, flags = {}, {}
+    for rung, change in LADDER.items():
+        flags |= change
+        words = ' '.join(f'--{name}={value}' for name, value in flags.items())
+        touches_exits = any(name.startswith(('exit_', 'ee_', 'lambda_')) for name in change)
+        for column, linear in (('Baseline', 'bitlinear'), ('H-only', 'hbitlinear')):
+            if not touches_exits:
+                cells[f'{rung}, {column}'] = (
+                    f'-m papers.as_run {AS_RUN} --linear={linear} {words}'.strip())
+        for column, linear in (('EE-only', 'bitlinear'), ('H + EE', 'hbitlinear')):
+            if column == 'H + EE' or not change:
+                cells[f'{rung}, {column}'] = (
+                    f'-m papers.as_run {AS_RUN} --linear={linear} {EXITS} {words}'.strip())
+    return cells
+
+CPU = 'train.py config/{}.py config/cpu.py config/cpu_long.py'
+# A step of config/compose.py takes 1.12 times as long as one without exits: papers/README.md
+EQUAL_TIME = '--max_iters=1250 --eval_interval=625'
+NO_EXITS = {
+    'BitLinear': CPU.format('baseline'), 'H-BitLinear': CPU.format('bitskip_h'),
+    'BitLinear, no final norm': CPU.format('baseline') + ' --exit_norm=raw',
+    'H-BitLinear, no final norm': CPU.format('bitskip_h') + ' --exit_norm=raw'}
+COMPOSE = {
+    'joint exits': CPU.format('compose'),
+    'joint exits, equal time': CPU.format('compose') + f' {EQUAL_TIME}'}
+
+def longer(cells, factor):
+    steps = f'--max_iters={1400 * factor} --eval_interval={700 * factor}'
+    return {label: f'{command} {steps}' for label, command in cells.items()}
+
+def wider(cells, width, steps):
+    flags = f'--n_embd={width} --ffn_dim={4 * width} --max_iters={steps} --eval_interval={steps}'
+    return {f'{label}, width {width}': f'{command} {flags}' for label, command in cells.items()}
+
+RIVALS = {'BitLinear, no final norm': NO_EXITS['BitLinear, no final norm'],
+          'joint exits': COMPOSE['joint exits']}
+HEADS = '-m papers.heads config/compose.py config/cpu.py config/cpu_long.py'
+NARROW = '--n_embd=128 --n_head=4 --n_kv_head=2 --ffn_dim=256 --gradient_accumulation_steps=1'
+
+TABLES = {
+    'ladder': Table('from as run to fixed, one change a rung', ladder()),
+    'compute': Table('exits against the best model without exits', NO_EXITS | COMPOSE, 5, RATES),
+    'A2': Table('the four cells of Paper A, fixed', {
+        'Baseline': CPU.format('baseline'), 'H-only': CPU.format('bitskip_h'),
+        'EE-only': CPU.format('bitskip_ee'), 'H + EE': CPU.format('bitskip_h_ee')}, 5, RATES),
+    'length': Table('four times the length', longer(RIVALS, 4), 3, RATES),
+    'width': Table('widths 64 and 256, equal tokens per parameter',
+                   wider(RIVALS, 64, 350) | wider(RIVALS, 256, 5600), 3, RATES),
+    'heads': Table("Paper A's recommendation", {
+        'shared head': CPU.format('compose'), 'own heads': f'{HEADS} --exit_head=own',
+        'adapters': f'{HEADS} --exit_head=adapter',
+        'adapters, distilled': f'{HEADS} --exit_head=adapter --distill=0.5'}, 3, (4e-3,)),
+    'decay': Table('an exit loss that decays to zero', {
+        'joint exits': CPU.format('compose'),
+        'decaying': '-m papers.decay config/compose.py config/cpu.py '
+                    'config/cpu_long.py'}, 3, (4e-3,)),
+    'routing': Table('the routing loss', {
+        'without': CPU.format('bitskip_h') + ' --lambda_r=0',
+        'through the blocks': CPU.format('bitskip_h') + ' --lambda_r=0.2'}, 3, (4e-3,)),
+    'B': Table("Paper B's variants, 24 narrow blocks, bytes", {
+        name: f'{CPU.format(config)} {NARROW} {flags}'.strip() for name, config, flags in (
+            ('V1', 'tinystories_v1', ''), ('V2', 'tinystories_v2', ''),
+            ('V3', 'tinystories_v3', ''), ('LayerSkip', 'layerskip', ''), ('Llama3', 'llama3', ''),
+            ('V1, phase 1', 'tinystories_v1', '--lambda_ee=0 --p_max=0'))}, 1, (2e-3,))}

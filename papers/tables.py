@@ -1,0 +1,197 @@
+"""
+Print what was measured (papers/results), one table by name:
+
+    python -m papers.tables                    which tables there are, and how much of each is done
+    python -m papers.tables --table=ladder
+    python -m papers.tables --write=True       all of them into papers/README.md, between their marks
+
+All losses are of test text, ternary weights. "±" is the standard deviation over seeds. An interval
+in brackets holds 95% of 2,000 resamplings of documents and seeds (a paired bootstrap).
+"""
+import math
+import re
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from common import atomic_write
+from configurator import UserError, configure, run
+from papers.ablate import reported_runs
+from papers.measures import LADDER
+from papers.plan import SEEDS, TABLES
+
+PAGE = Path(__file__).with_name('README.md')
+
+def results(table, label):
+    """What the reported runs of a cell have measured, as far as they are done: a list."""
+    done = [r.result() for r in reported_runs(table, label, len(SEEDS))]
+    return [result for result in done if result]
+
+def learned(several):
+    """Those that did not diverge."""
+    return [r for r in several if 'exits' in r]
+
+def ppl(loss):
+    return math.exp(min(loss, 700))
+
+def number(x):
+    """Four figures, or a power of ten where they do not tell."""
+    return f'{x:.1e}' if x >= 1e6 else f'{x:,.0f}' if x >= 1e4 else f'{x:.4g}'
+
+def spread(values):
+    """'mean +- s.d.' over the seeds."""
+    more = f' ± {statistics.stdev(values):.2g}' if len(values) > 1 else ''
+    return number(statistics.mean(values)) + more if values else '-'
+
+def ratio(several, base, at=-1):
+    """PPL over that of `base` (at full depth), seed by seed, with an interval over documents and
+    seeds: 'x.xxx [low, high]'."""
+    partner = {r['seed']: r for r in base}
+    pairs = [(r, partner[r['seed']]) for r in several if r['seed'] in partner]
+    if not pairs or several is base:
+        return '1' if pairs else '-'
+    middle = statistics.mean(ppl(a['exits'][at] - b['exits'][-1]) for a, b in pairs)
+    low, high = interval(pairs)
+    return f'{middle:.3f} [{low:.3f}, {high:.3f}]'
+
+def interval(pairs, resamplings=2000):
+    """95% of exp(mean loss of one - mean loss of the other), documents and seeds drawn anew."""
+    random = np.random.default_rng(0)
+    a, b = (np.array([r['documents'] for r in side]) for side in zip(*pairs))  # (seeds, docs, 2)
+    drawn = []
+    for _ in range(resamplings):
+        seeds = random.integers(len(pairs), size=len(pairs))
+        documents = random.integers(a.shape[1], size=a.shape[1])
+        (la, n), (lb, _) = (x[seeds][:, documents].sum(axis=(0, 1)) for x in (a, b))
+        drawn.append(math.exp((la - lb) / n))
+    return np.quantile(drawn, (0.025, 0.975))
+
+def exit_ratio(several, blocks):
+    """PPL after so many blocks over that of full depth: 'mean +- s.d.'."""
+    return spread([ppl(r['exits'][blocks - 1] - r['exits'][-1]) for r in several])
+
+# ---- the tables: (header, rows of cells) ----
+
+def cells_table(table):
+    """A row a cell; ratios to the first."""
+    header = ['cell', 'rate', 'seeds', 'PPL', 'bits/byte', '× the first', 'one block less ×',
+              'half the blocks ×']
+    rows, base = [], None
+    for label in TABLES[table].cells:
+        several = results(table, label)
+        good = learned(several)
+        if not several:
+            continue
+        base = base or good
+        L = len(good[0]['exits']) if good else 0
+        figures = [spread([ppl(r['exits'][-1]) for r in good]),
+                   spread([r['bits_per_byte'] for r in good]), ratio(good, base),
+                   exit_ratio(good, L - 1), exit_ratio(good, L // 2)] if good else ['diverged']
+        rows.append([label, several[0]['rate'], f'{len(good)} of {len(several)}', *figures])
+    return header, rows
+
+def ladder_table(table='ladder'):
+    """A row a rung: PPL of the columns, what Hadamard is worth, and the step at the last layer."""
+    header = ['from here on', 'Baseline', 'H-only', 'H-only / Baseline', 'EE-only', 'H + EE',
+              'last step of H + EE ×']
+    rows = []
+    for rung in LADDER:
+        cells = {c: learned(results(table, f'{rung}, {c}')) if f'{rung}, {c}' in TABLES[table].cells
+                 else [] for c in ('Baseline', 'H-only', 'EE-only', 'H + EE')}
+        if any(cells.values()):
+            final = {c: spread([ppl(r['exits'][-1]) for r in cells[c]]) for c in cells}
+            rows.append([rung, final['Baseline'], final['H-only'],
+                         ratio(cells['H-only'], cells['Baseline']), final['EE-only'],
+                         final['H + EE'],
+                         exit_ratio(cells['H + EE'], 11) if cells['H + EE'] else '-'])
+    return header, rows
+
+def as_run_table(table='ladder'):
+    """Tables 2 and 3 as the authors compute them: means of batch means, three kinds of weights."""
+    header = ['cell, as run', 'seeds', 'steps', 'ternary ("FP")', 'ternarized twice ("1.58-bit")',
+              '%', 'latent', 'zeros']
+    rows = []
+    for cell in ('Baseline', 'H-only', 'EE-only', 'H + EE'):
+        several = learned(results(table, f'as run, {cell}'))
+        if several:
+            kinds = {kind: [ppl(r['as_run'][kind][1][-1]) for r in several]
+                     for kind in ('ternary', 'ternarized twice', 'latent')}
+            worse = [100 * (b / a - 1) for a, b in zip(kinds['ternary'], kinds['ternarized twice'])]
+            rows.append([cell, len(several), spread([r['steps'] for r in several]),
+                         spread(kinds['ternary']), spread(kinds['ternarized twice']),
+                         spread(worse), spread(kinds['latent']),
+                         spread([r['weights']['sparsity'] for r in several])])
+    return header, rows
+
+def as_run_exits_table(table='ladder'):
+    """Table 5: every exit on the next token, and on the task that it was trained for."""
+    several = learned(results(table, 'as run, H + EE'))
+    header = ['layer', 'PPL of the next token (Table 5)', 'PPL of the current token']
+    return header, [[layer] + [spread([ppl(r['as_run'][task][0][layer]) for r in several])
+                               for task in ('ternary', 'current token')]
+                    for layer in range(12 if several else 0)]
+
+def alpha_table(table='ladder'):
+    """alpha over what weight decay alone leaves: 1.00 is a projection that learned nothing."""
+    header, rows = ['cell, as run', 'q', 'k', 'v', 'o', 'up', 'down'], []
+    for cell in ('Baseline', 'H-only', 'EE-only', 'H + EE'):
+        several = learned(results(table, f'as run, {cell}'))
+        if several:
+            rows.append([cell] + [number(statistics.mean(
+                statistics.mean(r['alpha'][name]) for r in several)) for name in header[1:]])
+    return header, rows
+
+MAKE = {'ladder': ladder_table, 'as_run': as_run_table, 'as_run_exits': as_run_exits_table,
+        'alpha': alpha_table}
+NAMES = ('ladder', 'as_run', 'as_run_exits', 'alpha', *[t for t in TABLES if t != 'ladder'])
+
+def make(name):
+    return MAKE[name]() if name in MAKE else cells_table(name)
+
+def show(name, seeds=None):
+    """Print a table, aligned."""
+    header, rows = make(name)
+    text = [[str(cell) for cell in row] for row in [header, *rows]]
+    widths = [max(map(len, column)) for column in zip(*text)]
+    print(f'\n{name}: {TABLES[name].title if name in TABLES else MAKE[name].__doc__}')
+    for row in text if rows else []:
+        print('  ' + '  '.join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
+    if not rows:
+        print('  nothing is measured yet')
+
+def markdown(name):
+    header, rows = make(name)
+    lines = [header, ['---'] * len(header), *rows] if rows else [['nothing is measured yet']]
+    return '\n'.join(f'| {" | ".join(map(str, row))} |' for row in lines)
+
+def filled(page):
+    """The page, with the tables between their marks as they are now."""
+    return re.sub(r'(?s)(<!-- table: (\w+) -->\n).*?(<!-- end -->)',
+                  lambda m: f'{m[1]}{markdown(m[2])}\n{m[3]}', page)
+
+@dataclass
+class TableSettings:
+    """Prints what was measured."""
+    table: str = ''  # which one; empty: what there is
+    write: bool = False  # write all tables into papers/README.md
+
+def main(argv):
+    s = configure(TableSettings, argv)
+    if s.write:
+        with atomic_write(str(PAGE), 'w') as file:
+            file.write(filled(PAGE.read_text(encoding='utf-8')))
+    elif s.table and s.table not in NAMES:
+        raise UserError(f"there is no table '{s.table}'; there are {', '.join(NAMES)}")
+    elif s.table:
+        show(s.table)
+    else:
+        for name in TABLES:
+            cells = TABLES[name].cells
+            done = sum(len(results(name, label)) for label in cells)
+            print(f'{name:8} {done:3} of {len(cells) * TABLES[name].seeds:3} runs  '
+                  f'{TABLES[name].title}')
+
+if __name__ == '__main__':
+    run(main)
