@@ -37,15 +37,11 @@ def run(main):
         os._exit(141)  # at once: sys.exit would try to write the rest
     except Exception as error:
         if is_out_of_memory(error):
-            fail('out of memory: this machine has too little; try a smaller batch or model')
-        if not isinstance(error, (UserError, OSError)):  # OSError: a full disk, say
+            error = 'out of memory: this machine has too little; try a smaller batch or model'
+        elif not isinstance(error, (UserError, OSError)):  # OSError: a full disk, say
             raise
-        fail(error)
-
-
-def fail(message):
-    print('error:', ' '.join(str(message).split())[:500], file=sys.stderr)
-    sys.exit(2)
+        print('error:', ' '.join(str(error).split())[:500], file=sys.stderr)
+        sys.exit(2)
 
 
 def is_out_of_memory(error):  # (torch has no error class for a CPU's memory)

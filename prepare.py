@@ -163,8 +163,9 @@ def read_files(path, found):
     left_out = sorted(os.path.relpath(file, path) for file in {*found} - {*files})
     if not files:
         raise UserError(f"no text in {path}: no file there ends in {', '.join(endings)}")
-    say(f'{path}: {len(files)} files are read, {len(left_out)} files or folders left out'
-        + ': ' * bool(left_out) + ', '.join(left_out[:3]) + ', ...' * (len(left_out) > 3))
+    if os.path.isdir(path):
+        say(f'{path}: {len(files)} files are read, {len(left_out)} files or folders left out',
+            *left_out[:4], *['...'] * (len(left_out) > 4))
     for i, file in enumerate(files):
         kind = TABLES.get(os.path.splitext(file)[1])
         if kind:
@@ -340,33 +341,32 @@ def write_splits(folder, dataset, pieces, tok):
             files[split].write(data)
             sums[split].update(data)
             bar.update(sizes[1])
-    for split in {'train', 'val'} | counts.keys():  # TinyStories has no test split
+    for split in dict.fromkeys(['train', 'val', *counts]):  # TinyStories has no test split
         if split not in counts or counts[split]['tokens'] < 2:  # one, and one to predict from it
             raise UserError(f'{dataset} has too little text for a {split} split')
         counts[split]['sha256'] = sums[split].hexdigest()
     return {split: counts[split] for split in SPLITS.values() if split in counts}
 
 
-def load_meta(folder):
-    """The dict in meta.json of a prepared data set."""
-    meta = meta_of(folder)
-    if not meta:
-        raise UserError(f'no prepared data set in {folder}, or a damaged one: run python '
-                        'prepare.py --dataset=...')
-    return meta
-
-
 def meta_of(folder):
-    """The same, or an empty dict."""
+    """The dict in meta.json of a prepared data set; an empty one if it is missing or damaged."""
     with contextlib.suppress(Exception):  # it may hold anything
         with open(os.path.join(folder, 'meta.json'), encoding='utf-8') as file:
             meta = json.load(file)
-        counts = [count[key] for count in meta['splits'].values() for key in ('tokens', 'bytes')]
-        texts = [meta['fingerprint'], *(count['sha256'] for count in meta['splits'].values())]
-        if ({*map(type, texts)} == {str} and {*map(type, counts)} == {int} and min(counts) > 0
-                and meta['vocab_size'] == TOKENIZERS[meta['tokenizer']].vocab_size):
+        kinds = {(type(count['tokens']), type(count['bytes']), type(count['sha256']))
+                 for count in meta['splits'].values()} | {(int, int, type(meta['fingerprint']))}
+        size = TOKENIZERS[meta['tokenizer']].vocab_size
+        if kinds == {(int, int, str)} and meta['vocab_size'] == size:
             return meta
     return {}
+
+
+def load_meta(folder):
+    """The same, or a UserError."""
+    if meta := meta_of(folder):
+        return meta
+    raise UserError(f'no prepared data set in {folder}, or a damaged one: run python prepare.py '
+                    '--dataset=...')
 
 
 def load_tokens(folder, split):

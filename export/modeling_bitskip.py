@@ -1,15 +1,15 @@
 """
-BitSkip as a model of Hugging Face's transformers: a config, and a causal language model around
-model.py. export/hf.py writes a folder with a trained model, this file and those that it imports.
+BitSkip as a model of Hugging Face's transformers. export/hf.py writes a folder with a trained model,
+this file and those that it imports.
 
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
     model.set_exit_layer(12)                           # leave after 12 blocks, counted from 1
     model.generate(**inputs, exit_mode='confidence', exit_threshold=0.9)  # when a token is ready
     model.generate(**inputs, assistant_early_exit=6)   # draft with 6 blocks, check with all
 
-One number says how many blocks run: config.num_hidden_layers. The cache is transformers' own; each
-layer of it has the interface of decode.LayerCache. Training here trains the exit in use: the losses
-of the other exits, and layer skipping, are train.py's.
+config.num_hidden_layers says how many blocks run. The cache is transformers', each layer with the
+interface of decode.LayerCache. Training here trains the exit in use: the losses of the others, and
+layer skipping, are train.py's.
 """
 from dataclasses import asdict
 
@@ -26,8 +26,8 @@ from fast.packed import PackedLinear, packed_state, to_ternary
 from model import BitSkip, BitSkipConfig
 from quant import BitLinear, unpack_ternary
 
-OUTPUTS = CausalLMOutputWithPast.__dataclass_fields__  # 5.24 has another name for the cache
-CACHE = 'cache' if 'cache' in OUTPUTS else 'past_key_values'
+FIELDS = CausalLMOutputWithPast.__dataclass_fields__
+CACHE = 'cache' if 'cache' in FIELDS else 'past_key_values'  # its name since transformers 5.24
 
 
 class HFConfig(PretrainedConfig):
@@ -35,15 +35,13 @@ class HFConfig(PretrainedConfig):
 
     num_hidden_layers: how many of the n_layer blocks run. weights: 'latent' or 'packed'."""
     model_type = 'bitskip'
-    attribute_map = {
-        'hidden_size': 'n_embd', 'intermediate_size': 'ffn_dim', 'num_attention_heads': 'n_head',
-        'num_key_value_heads': 'n_kv_head', 'max_position_embeddings': 'block_size'}
+    attribute_map = {'hidden_size': 'n_embd', 'num_attention_heads': 'n_head',
+                     'num_key_value_heads': 'n_kv_head', 'max_position_embeddings': 'block_size'}
 
     def __init__(self, num_hidden_layers=None, weights='latent', **settings):
         own = asdict(BitSkipConfig.of(settings))  # checked, defaults filled in
-        own['tie_word_embeddings'] = False
         super().__init__(num_hidden_layers=num_hidden_layers or own['n_layer'], weights=weights,
-                         **settings | own)
+                         **settings | own | {'tie_word_embeddings': False})
 
 
 class BitSkipForCausalLM(PreTrainedModel, GenerationMixin):
@@ -54,6 +52,7 @@ class BitSkipForCausalLM(PreTrainedModel, GenerationMixin):
     base_model_prefix = 'model'
     supports_gradient_checkpointing = True
     _supports_sdpa = True
+    _input_embed_layer = 'embedding'
     _no_split_modules = ['Block']
 
     def __init__(self, config, model=None):
@@ -81,12 +80,6 @@ class BitSkipForCausalLM(PreTrainedModel, GenerationMixin):
             kwargs.setdefault('state_dict', packed_state(self))
         super().save_pretrained(folder, *args, **kwargs)
 
-    def get_input_embeddings(self):
-        return self.model.embedding
-
-    def set_input_embeddings(self, embedding):
-        self.model.embedding = embedding
-
     def get_output_embeddings(self):
         return self.model.head
 
@@ -99,36 +92,30 @@ class BitSkipForCausalLM(PreTrainedModel, GenerationMixin):
         return super().resize_token_embeddings(*args, **kwargs)
 
     def set_exit_layer(self, n_blocks):
-        """Run the first n_blocks only, 1 to n_layer. (exit_layer of model.py counts from 0.)"""
-        self.require_blocks('set_exit_layer', n_blocks, self.config.n_layer)
+        """Run the first n_blocks only, 1 to n_layer. (exit_layer elsewhere counts from 0.)"""
+        require_blocks('set_exit_layer', n_blocks, self.config.n_layer)
         self.config.num_hidden_layers = n_blocks
-
-    @staticmethod
-    def require_blocks(name, n_blocks, most):
-        if type(n_blocks) is not int or not 1 <= n_blocks <= most:
-            raise ValueError(f'{name} counts blocks, 1 to {most}, got {n_blocks}')
 
     def generate(self, inputs=None, generation_config=None, logits_processor=None,
                  stopping_criteria=None, **kwargs):
         """As transformers' generate. A text ends at block_size tokens, whatever max_length is.
 
-        exit_mode, exit_threshold: as in decode.py; the prompt runs in full. assistant_early_exit:
-        how many blocks draft."""
-        blocks, defaults = self.config.num_hidden_layers, generation_config or self.generation_config
-        draft = kwargs.get('assistant_early_exit', defaults.assistant_early_exit)
+        exit_mode, exit_threshold: as in decode.py. assistant_early_exit: how many blocks draft; the
+        depth is as before when it ends, also by an error or Ctrl-C."""
+        blocks, config = self.config.num_hidden_layers, generation_config or self.generation_config
+        draft = kwargs.get('assistant_early_exit', config.assistant_early_exit)
         if draft is not None:
-            self.require_blocks('assistant_early_exit', draft, blocks)
+            require_blocks('assistant_early_exit', draft, blocks)
             if kwargs.get('exit_mode') is not None:
-                raise ValueError('assistant_early_exit checks each token with all blocks; leave out '
-                                 'exit_mode')
+                raise ValueError('assistant_early_exit checks with all blocks; leave out exit_mode')
         room, embeds = self.config.block_size, kwargs.get('inputs_embeds')
         if embeds is not None and inputs is None and kwargs.get('input_ids') is None:
-            room -= embeds.shape[1]  # the text that it counts is what it generates
+            room -= embeds.shape[1]  # only the tokens behind them are counted
         stops = [*(stopping_criteria or []), TextIsFull(room)]
         try:
             return super().generate(inputs, generation_config, logits_processor, stops, **kwargs)
         finally:
-            self.config.num_hidden_layers = blocks  # also after Ctrl-C in the middle of a draft
+            self.config.num_hidden_layers = blocks
 
     def prepare_inputs_for_generation(self, *args, inputs_embeds=None, **kwargs):
         inputs = super().prepare_inputs_for_generation(*args, inputs_embeds=inputs_embeds, **kwargs)
@@ -137,7 +124,7 @@ class BitSkipForCausalLM(PreTrainedModel, GenerationMixin):
         return inputs
 
     def create_masks_for_generate(self, attention_mask=None, **kwargs):
-        return attention_mask  # a static cache, too, gets its mask from `visible`
+        return attention_mask  # `visible` makes it, for a static cache as well
 
     @can_return_tuple
     def forward(self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None,
@@ -146,65 +133,58 @@ class BitSkipForCausalLM(PreTrainedModel, GenerationMixin):
                 exit_threshold=0.5):
         """Logits (B, T, V) of input_ids (B, T) int64 at the exit in use.
 
-        attention_mask (B, S): 1 for tokens, 0 for padding at either end of a row; S counts cached
-        tokens, too. labels (B, T): input_ids again, -100 where nothing is to be predicted; `loss` is
-        their mean cross-entropy, shifted here. hidden_states: embeddings, then the state after each
-        block, but for the last what the head reads. logits_to_keep: how many of the last tokens, or
+        attention_mask (B, S): 1 for tokens, 0 for padding at an end of a row; S counts the cache,
+        too. labels (B, T): input_ids again, -100 where nothing is to be predicted; `loss` is their
+        mean cross-entropy, shifted here. hidden_states: embeddings, then what each block leaves; in
+        place of the last, what the head reads. logits_to_keep: how many of the last tokens, or
         which. ValueError on what the model cannot do."""
-        cache = past_key_values if cache is None else cache
-        self.refuse(input_ids, inputs_embeds, output_attentions, labels, logits_to_keep, use_cache)
-        if use_cache and cache is None:
-            cache = DynamicCache()
+        cache, model = past_key_values if cache is None else cache, self.model
+        hidden, weights = (getattr(self.config, f'output_{name}') if value is None else value for
+                           name, value in (('hidden_states', output_hidden_states),
+                                           ('attentions', output_attentions)))
+        keep = slice(-logits_to_keep, None) if type(logits_to_keep) is int else logits_to_keep
+        for wrong, what in (
+                ((input_ids is None) == (inputs_embeds is None), 'give input_ids or inputs_embeds'),
+                (weights, 'output_attentions: attention is one call here, which keeps no weights'),
+                (labels is not None and keep != slice(0, None), 'a loss needs logits_to_keep=0'),
+                (use_cache and self.checkpointing, 'gradient checkpointing needs use_cache=False'),
+                (exit_mode and not use_cache, 'exit_mode needs use_cache=True')):
+            if wrong:
+                raise ValueError(what)
+        require_exits(exit_mode, bool(model.gates))
+        cache = DynamicCache() if use_cache and cache is None else cache
         start = 0 if cache is None else int(cache.get_seq_length())
-        h = (self.model.embed(input_ids, start) if inputs_embeds is None
-             else self.model.dropout(inputs_embeds)).to(self.dtype)  # (int8 rows are float32)
-        mask = visible(attention_mask, start, h.shape[1])  # (B, 1, T, S)
-        rope = self.rope(position_ids, start, h.shape[1])
-        last = self.config.num_hidden_layers - 1
+        h = model.embed(input_ids, start) if inputs_embeds is None else model.dropout(inputs_embeds)
+        states, T = [h.to(self.dtype)], h.shape[1]  # (int8 rows are float32)
+        mask, rope = visible(attention_mask, start, T), self.rope(position_ids, start, T)
         pasts = [None if cache is None and mask is None else Past(layer, start, mask, cache)
-                 for layer in range(last + 1)]
-        if exit_mode is not None:
-            require_exits(exit_mode, bool(self.model.gates))
-            if cache is None:
-                raise ValueError('exit_mode decides token by token; it needs use_cache=True')
-        if exit_mode is not None and start and h.shape[1] == 1:
-            states = [self.leave_early(h, rope, pasts, exit_mode, exit_threshold)]
+                 for layer in range(self.config.num_hidden_layers)]
+        if exit_mode and start and T == 1:
+            states = [self.leave_early(states[0], rope, pasts, exit_mode, exit_threshold)]
         else:
-            states = [h]
-            for block, past in zip(self.model.blocks, pasts):
+            for block, past in zip(model.blocks, pasts):
                 states.append(self.run(block, states[-1], rope, past))
-            states[-1] = self.model.exit_state(states[-1], last)
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits, loss = self.model.head(states[-1][:, kept]), None
-        if labels is not None:
-            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
-        wanted = self.config.output_hidden_states if output_hidden_states is None \
-            else output_hidden_states
-        return CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE: cache if use_cache else None},
-                                      hidden_states=tuple(states) if wanted else None)
+            states[-1] = model.exit_state(states[-1], len(pasts) - 1)
+        logits = model.head(states[-1][:, keep])
+        loss = None if labels is None else F.cross_entropy(
+            logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
+        return CausalLMOutputWithPast(loss, logits, hidden_states=tuple(states) if hidden else None,
+                                      **{CACHE: cache if use_cache else None})
 
-    def refuse(self, input_ids, inputs_embeds, output_attentions, labels, logits_to_keep, use_cache):
-        """ValueError, in one sentence, on what forward cannot do."""
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError('give either input_ids or inputs_embeds')
-        if self.config.output_attentions if output_attentions is None else output_attentions:
-            raise ValueError('output_attentions: attention runs in one piece here, which keeps no '
-                             'attention weights')
-        if labels is not None and not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
-            raise ValueError('a loss needs all logits; leave out labels or logits_to_keep')
-        if use_cache and self.gradient_checkpointing and self.training:
-            raise ValueError('gradient checkpointing runs blocks twice; it needs use_cache=False')
+    @property
+    def checkpointing(self):
+        return self.gradient_checkpointing and self.training
 
     def run(self, block, h, rope, past):
-        if self.gradient_checkpointing and self.training:
+        if self.checkpointing:
             return self._gradient_checkpointing_func(block.__call__, h, rope, past)
         return block(h, rope, past)
 
     def leave_early(self, h, rope, pasts, mode, threshold):
         """decode.step_with_exits with transformers' cache: h (B, 1, C) -> what the head reads.
 
-        Blocks run on the whole batch until all have left. Who has left keeps its state, so that the
-        keys and values which it leaves in the layers above are those of Block.remember."""
+        Blocks run on the whole batch until all have left. Who has left keeps its state, so that
+        the keys and values which it leaves above are those of Block.remember."""
         inside, read = torch.ones_like(h[..., :1], dtype=torch.bool), h  # (B, 1, 1)
         for layer, (block, past) in enumerate(zip(self.model.blocks, pasts)):
             if not inside.any():
@@ -226,9 +206,8 @@ class BitSkipForCausalLM(PreTrainedModel, GenerationMixin):
 
 
 class LinearBitLinear(BitLinear, nn.Linear):
-    """A BitLinear that peft takes for the nn.Linear that it is, but for its quantizers.
-
-    LoRA adds to its output. Merged, the sum W + BA is made ternary anew: another layer."""
+    """A BitLinear that peft takes for an nn.Linear. LoRA adds to its output; merged, the sum W + BA
+    is made ternary anew: another layer."""
 
 
 class Past(LayerCache):
@@ -244,16 +223,15 @@ class Past(LayerCache):
 
     def write(self, k, v):
         stop = self.start + k.shape[2]
-        if self.cache is None:
-            self.k, self.v = k, v
-        else:
-            where = torch.arange(self.start, stop, device=k.device)  # asked for by transformers 4
-            self.k, self.v = self.cache.update(k, v, self.layer, {'cache_position': where})
+        if self.cache is not None:
+            where = torch.arange(self.start, stop, device=k.device)  # transformers 4 asks for it
+            k, v = self.cache.update(k, v, self.layer, {'cache_position': where})
+        self.k, self.v = k, v
         return stop
 
 
 class TextIsFull(StoppingCriteria):
-    """Ends a text of `room` tokens: the model reads no more."""
+    """Ends a text of `room` tokens."""
 
     def __init__(self, room):
         self.room = room
@@ -261,6 +239,11 @@ class TextIsFull(StoppingCriteria):
     def __call__(self, input_ids, scores, **kwargs):
         full = input_ids.shape[1] >= self.room
         return torch.full((len(input_ids),), full, device=input_ids.device)
+
+
+def require_blocks(name, n_blocks, most):
+    if type(n_blocks) is not int or not 1 <= n_blocks <= most:
+        raise ValueError(f'{name} counts blocks, 1 to {most}, got {n_blocks}')
 
 
 def new_model(config):
@@ -282,18 +265,15 @@ def packed_linears(model):
 
 def visible(attention_mask, start, T):
     """attention_mask (B, S) -> who of the newest T tokens sees whom, (B, 1, T, S) bool, or None if
-    no row begins with padding: padding at the end is seen by nobody anyway."""
+    padding stands at the ends of rows only, where nobody sees it anyway."""
     if attention_mask is None:
         return None
-    if attention_mask.dim() != 2 or attention_mask.shape[1] != start + T:
+    if attention_mask.shape[1:] != (start + T,):
         raise ValueError(f'attention_mask is (batch, {start + T}) here, 1 for tokens and 0 for '
                          f'padding, got {tuple(attention_mask.shape)}')
     real = attention_mask.bool()
-    starts = real[:, :1].sum(1) + (real[:, 1:] & ~real[:, :-1]).sum(1)  # (B,) runs of tokens
-    if (starts > 1).any():
-        raise ValueError('there is padding between the tokens of a sequence; pad it on the left')
-    if real[:, 0].all():
+    if (real[:, :-1] >= real[:, 1:]).all():
         return None
-    everyone = torch.ones(start + T, start + T, dtype=torch.bool, device=real.device)
-    causal, itself = everyone.tril()[start:], everyone.tril().triu()[start:]  # (T, S)
-    return (causal & real[:, None] | itself)[:, None]  # padding sees itself: no softmax is empty
+    causal = torch.ones(start + T, start + T, dtype=torch.bool, device=real.device).tril()
+    itself = causal.triu()  # padding sees itself: no softmax is empty
+    return (causal[start:] & real[:, None] | itself[start:])[:, None]

@@ -36,6 +36,7 @@ native.py, where they are packed.
 enum { LANES = 16 };                // partial sums of a sum of floats; rows in a block of weights
 enum { GROUP = 4 };                 // tokens that a kernel multiplies at a time
 enum { CHUNK = 16 };                // tokens that share one reading of the weights
+enum { AHEAD = 4096 };              // bytes: the next weights come while these are in use
 enum { SOME = 256 };                // logits of which exponentials are held at a time
 enum { FLOAT, INT8, INT4, TERNARY };  // weights
 enum { NONE, LAYERNORM, RMSNORM };  // norms
@@ -282,7 +283,9 @@ AVX512 INLINE void multiply_512(const uint8_t *w, int blocks, const int8_t *cons
         for (int s = 0; s < ways; s++) total[t][s] = _mm512_setzero_si512();
     for (int b = 0; b < blocks; b++)
         for (int s = 0; s < 4; s++) {
-            __m512i rows = _mm512_loadu_si512(w + 64 * ((4 * b + s) * bits / 8));
+            const uint8_t *bytes = w + 64 * ((4 * b + s) * bits / 8);
+            if (bits * s % 8 == 0) __builtin_prefetch(bytes + AHEAD);
+            __m512i rows = _mm512_loadu_si512(bytes);
             if (bits < 8) rows = _mm512_and_si512(_mm512_srli_epi16(rows, bits * s % 8), mask);
             for (int t = 0; t < n; t++) {
                 __m512i q = _mm512_set1_epi32(four(x[t] + 16 * b + 4 * s));
@@ -525,7 +528,11 @@ INLINE void refine(Run *run, int piece) {
     for (int t = 0; t < run->T; t++) {
         const Slot *s = slot(run, t);
         float *out = run->out + (int64_t)t * run->out_stride;
-        for (int64_t r = (int64_t)L->rows * piece / run->pieces; r < (int64_t)L->rows * (piece + 1) / run->pieces; r++)
+        int64_t rows = L->rows, stop = rows * (piece + 1) / run->pieces;
+        for (int64_t r = rows * piece / run->pieces; r < stop; r++)
+            if (out[r] >= run->least[t])
+                for (int i = 0; i < L->cols; i += 64) __builtin_prefetch(L->codes + r * L->cols + i);
+        for (int64_t r = rows * piece / run->pieces; r < stop; r++)
             if (out[r] >= run->least[t]) {
                 int32_t total = 0;
                 for (int i = 0; i < L->cols; i++) total += L->codes[r * L->cols + i] * s->data[i];

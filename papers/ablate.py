@@ -9,6 +9,7 @@ papers/results/TABLE/LABEL-sSEED.json, with its command, commit, machine and min
 is not trained again. An interrupted run goes on where it was. Start the command in two terminals,
 and they share the work. Rates are chosen on validation text; the tables report test text.
 """
+import hashlib
 import json
 import os
 import re
@@ -91,19 +92,20 @@ def all_runs(table, seeds):
     return runs + [cell[i] for i in range(max(map(len, found))) for cell in found if i < len(cell)]
 
 def short_text():
-    """data/short: pydocs with the first SHORT_TEXT tokens of its training text, prepared."""
+    """data/short: pydocs with the first SHORT_TEXT tokens of its training text, and 2^16 of its
+    validation text, which Paper A's regime reads every 100 steps. All of its test text."""
     whole, folder = prepare('pydocs'), Path('data/short/pydocs-bytes')
     if (folder / 'meta.json').exists():
         return
-    import hashlib
-    tokens, meta = np.array(load_tokens(whole, 'train')[:SHORT_TEXT]), load_meta(whole)
-    aside = folder.with_name('aside')
+    aside, meta = folder.with_name('aside'), load_meta(whole)
     shutil.rmtree(aside, ignore_errors=True)
     shutil.copytree(whole, aside)
-    tokens.tofile(aside / 'train.bin')
-    meta['splits']['train'] = {
-        'tokens': len(tokens), 'bytes': len(tokens), 'documents': int((tokens == 0).sum()),
-        'sha256': hashlib.sha256(tokens.tobytes()).hexdigest()}
+    for split, size in (('train', SHORT_TEXT), ('val', 2 ** 16)):
+        tokens = np.array(load_tokens(whole, split)[:size])
+        tokens.tofile(aside / f'{split}.bin')
+        meta['splits'][split] = {
+            'tokens': len(tokens), 'bytes': len(tokens), 'documents': int((tokens == 0).sum()),
+            'sha256': hashlib.sha256(tokens.tobytes()).hexdigest()}
     (aside / 'meta.json').write_text(json.dumps(meta, indent=1), encoding='utf-8')
     aside.rename(folder)
 

@@ -2,19 +2,14 @@
 cannot be predicted is not predicted. (The authors found a missing mask by numbers too good.)"""
 import contextlib
 import math
-import random
 
 import pytest
 import torch
-import torch.nn.functional as F
-from conftest import KINDS, all_exits, flags
+from conftest import KINDS, all_exits
 
 import model as model_file
-import train
-from decode import Decoder, KVCache
-from eval_exits import windows
-from model import BitSkip, BitSkipConfig, open_model
-from prepare import data_of
+from decode import EXIT_MODES, Decoder, KVCache
+from model import BitSkip, BitSkipConfig
 
 
 # --------------------------------------------------------------------------------------------------
@@ -99,7 +94,7 @@ def test_causality_after_tokens_that_left(make_model, tokens, mode, threshold):
         torch.testing.assert_close(one_by_one.step(token)[0][0], logits, rtol=0, atol=0.02)
 
 
-@pytest.mark.parametrize('exit_mode', [None, 'gate', 'confidence', 'saturation'])
+@pytest.mark.parametrize('exit_mode', [None, *EXIT_MODES])
 def test_causality_of_generation(make_model, tokens, exit_mode):
     """What is written first does not depend on how much will be, past the cache's end, either."""
     model, idx = make_model(n_layer=4, linear='hbitlinear'), tokens(2, 5)
@@ -117,19 +112,6 @@ def test_causality_in_training(make_model, tokens, options):
         torch.manual_seed(0)
         return [model(idx)[0]]
     assert_causal(look, tokens(2, 8), (5,))
-
-
-def test_causality_of_gradients(make_model, tokens):
-    """No gradient flows from the logits at t to what block 0 reads after t."""
-    model, h = make_model(linear='hbitlinear'), None
-
-    def embed(idx, start=0):
-        nonlocal h
-        h = model.embedding(idx).detach().requires_grad_()
-        return h
-    model.embed = embed
-    grad, = torch.autograd.grad(model(tokens(1, 8))[0][0, 3].sum(), h)
-    assert grad[0, :4].any(dim=-1).all() and not grad[0, 4:].any()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -169,10 +151,10 @@ def counting(B, T):
 
 
 def below_entropy(losses):
-    """Whether a mean (n, ...) -> (...) is under ln V by more than five standard errors. Nobody
+    """Whether means over steps are under ln V by more than five standard errors, (2,). Nobody
     predicts fresh uniform tokens: each loss is ln V or more in expectation (Gibbs)."""
     error = losses.std(dim=0) / len(losses) ** 0.5
-    assert (error < 0.1).all()
+    assert (5 * error < 0.3).all()
     return losses.mean(dim=0) < math.log(V) - 5 * error
 
 
@@ -187,26 +169,4 @@ def test_entropy_notices_what_can_be_predicted_and_a_model_that_sees_the_future(
     next one, be it noise or not."""
     assert below_entropy(losses_on(counting, RECIPES['Paper A'])).all()
     monkeypatch.setattr(model_file.Attention, 'causal', False)
-    assert below_entropy(losses_on(noise, dict(linear='fp', lambda_ee=0.3)))[0]
-
-
-def test_entropy_of_a_whole_run(tmp_path, monkeypatch):
-    """Through train.py and prepare.py: letters drawn at random, trained on for long, are predicted
-    at no exit on new text; an alphabet said again and again is."""
-    monkeypatch.chdir(tmp_path)
-    letters, means = 'abcdefghijklmnop', []
-    texts = ''.join(random.Random(0).choices(letters, k=24000)), letters * 1500
-    for name, text in zip(('noise', 'alphabet'), texts):
-        (tmp_path / f'{name}.txt').write_text(text)
-        train.main(flags(dataset=f'{name}.txt', out_dir=f'out/{name}', batch_size=8, max_iters=50,
-                         gradient_accumulation_steps=1, eval_interval=50, **RECIPES['Paper A']))
-        model, settings = open_model(f'out/{name}/ckpt.pt')
-        with torch.no_grad():
-            losses = torch.cat([F.cross_entropy(
-                all_exits(model, idx).flatten(1, 2).mT, targets.flatten().expand(3, -1),
-                reduction='none') for idx, targets in windows(data_of(settings, 'val')[1], 32, 64)],
-                dim=1)  # (L, N)
-        means.append((losses.mean(dim=1), 5 * losses.std(dim=1) / losses.shape[1] ** 0.5))
-    (noisy, error), (learned, _) = means
-    assert (noisy >= math.log(16) - error).all() and (error < 0.1).all()
-    assert (learned < 0.3 * math.log(16)).all()
+    assert below_entropy(losses_on(noise, dict(linear='fp', lambda_ee=0.3))).all()

@@ -4,7 +4,6 @@ import json
 import math
 import os
 import random
-import shutil
 import signal
 import socket
 import subprocess
@@ -43,56 +42,40 @@ def start(env=ENV, **changes):
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def wait_for(path):
-    deadline = time.time() + 120
-    while not os.path.exists(path):
-        assert time.time() < deadline, f'{path} does not appear'
-        time.sleep(0.01)
-
-
 def log(out_dir='out/run'):
     return [json.loads(line) for line in Path(out_dir, 'log.jsonl').read_text().splitlines()]
 
 
-def timeless(out_dir):
-    """Weights, optimizer, and what is told of a run, but for the time that it took."""
-    state = load_checkpoint(f'{out_dir}/last.pt')
-    told = [{key: value for key, value in entry.items()
-             if key not in ('seconds', 'tok_per_s', 'log_size')}
-            for entry in (*log(out_dir)[1:], state['progress'])]
-    return (state['model'], state['optimizer']), told
-
-
 def assert_same_run(a, b, **tolerance):
-    (a_tensors, a_told), (b_tensors, b_told) = timeless(a), timeless(b)
-    torch.testing.assert_close(a_tensors, b_tensors, **tolerance or dict(rtol=0, atol=0))
-    for a_entry, b_entry in zip(a_told, b_told, strict=True):
-        assert a_entry == (pytest.approx(b_entry, rel=1e-4) if tolerance else b_entry)
+    """Weights, optimizer, and what is told of two runs, but for the time that they took."""
+    states = [load_checkpoint(f'{run}/last.pt') for run in (a, b)]
+    for part in ('model', 'optimizer'):
+        torch.testing.assert_close(*(state[part] for state in states),
+                                   **tolerance or dict(rtol=0, atol=0))
+    for entries in zip(*([*log(run)[1:], state['progress']] for run, state in zip((a, b), states)),
+                       strict=True):
+        ours, theirs = ({key: value for key, value in entry.items()
+                         if key not in ('seconds', 'tok_per_s', 'log_size')} for entry in entries)
+        assert ours == (pytest.approx(theirs, rel=1e-4) if tolerance else theirs)
 
 
 # --------------------------------------------------------------------------------------------------
 # pure functions of the step
 
-@pytest.mark.parametrize('schedule, expected', [
-    ('wsd', {0: 0.1, 8: 0.9, 9: 1.0, 80: 1.0, 90: 0.55, 99: 0.1 + 0.9 * 0.05}),
-    ('linear', {0: 0.1, 9: 1.0, 54: 0.1 + 0.9 * 46 / 91, 99: 0.1 + 0.9 / 91}),
-    ('cosine', {9: 1.0, 99: 0.1 + 0.45 * (1 - math.cos(math.pi / 91))})])
-def test_learning_rate_by_hand(schedule, expected):
-    """100 steps: 9 of warm-up, to 1; at the end 0.1. wsd decays over the last 20."""
-    s = TrainSettings(max_iters=100, warmup_iters=9, learning_rate=1.0, min_lr=0.1,
-                      schedule=schedule)
+@pytest.mark.parametrize('settings, expected', [
+    (dict(schedule='wsd'), {0: 0.1, 8: 0.9, 9: 1, 80: 1, 90: 0.55, 99: 0.1 + 0.9 * 0.05}),
+    (dict(schedule='linear'), {0: 0.1, 9: 1, 54: 0.1 + 0.9 * 46 / 91, 99: 0.1 + 0.9 / 91}),
+    (dict(schedule='cosine'), {9: 1, 99: 0.1 + 0.45 * (1 - math.cos(math.pi / 91))}),
+    (dict(max_iters=20), {0: 1 / 3, 1: 2 / 3, 2: 1})], ids=str)
+def test_learning_rate_by_hand(settings, expected):
+    """100 steps: 9 of warm-up, to 1; at the end 0.1. wsd decays over the last 20. Warm-up takes a
+    tenth at most: it was the whole of a short run."""
+    s = TrainSettings(**dict(max_iters=100, warmup_iters=9, learning_rate=1.0, min_lr=0.1) | settings)
     assert {step: get_lr(step, s) for step in expected} == pytest.approx(expected)
-
-
-def test_warm_up_takes_at_most_a_tenth_of_the_run():
-    """A hundred steps of it were the whole of a short run."""
-    s = TrainSettings(max_iters=20, warmup_iters=100, learning_rate=1.0)
-    assert [get_lr(step, s) for step in range(3)] == pytest.approx([1 / 3, 2 / 3, 1])
 
 
 def test_targets_are_the_next_token():
     """Not the token that the model sees, nor the one after the next. The last one can be drawn."""
-    torch.manual_seed(0)
     idx, targets = train.get_batch(torch.arange(20).numpy().astype('uint16'), 100, 16, 'cpu')
     assert idx.shape == targets.shape == (100, 16) and torch.equal(targets, idx + 1)
     assert idx.min() == 0 and targets.max() == 19
@@ -114,91 +97,82 @@ def test_weight_decay_is_on_matrices_only():
     assert decayed['weight_decay'] == 0.1 and all(p.dim() == 2 for p in decayed['params'])
     assert others['weight_decay'] == 0 and all(p.dim() == 1 for p in others['params'])
     assert len(decayed['params']) + len(others['params']) == len(list(model.parameters()))
-    assert decayed['betas'] == (0.8, 0.95)
 
 
-def test_accumulated_gradients_are_those_of_one_larger_batch(text, monkeypatch):
+def test_accumulated_gradients_are_those_of_one_larger_batch(monkeypatch):
     """Three micro-batches of two samples are one batch of six: a mean, not a sum."""
-    changes = dict(batch_size=2, gradient_accumulation_steps=3, p_max=0.0, lambda_r=0.0)
-    s = TrainSettings(**RUN | changes, vocab_size=256)
-    model, batches, get_batch = BitSkip(BitSkipConfig.of(vars(s))), [], train.get_batch
+    changes = dict(gradient_accumulation_steps=3, p_max=0.0, lambda_r=0.0, vocab_size=256)
+    s, batches, get_batch = TrainSettings(**RUN | changes), [], train.get_batch
+    model = BitSkip(BitSkipConfig.of(vars(s)))
     monkeypatch.setattr(train, 'get_batch',
                         lambda *args: batches.append(get_batch(*args)) or batches[-1])
     data = torch.randint(256, (500,)).numpy().astype('uint16')
     losses = train.gradient(model, data, s, 5, Processes(torch.device('cpu')))
-    ours = [p.grad for p in model.parameters() if p.grad is not None]
+    ours = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
     assert len(batches) == 3 and not torch.equal(batches[0][0], batches[1][0])
     whole = model(*(torch.cat(parts) for parts in zip(*batches)))[1]
     assert losses == pytest.approx({name: loss.item() for name, loss in whole.items()}, rel=1e-4)
     whole['total'].backward()
-    for a, p in zip(ours, (p for p in model.parameters() if p.grad is not None), strict=True):
-        torch.testing.assert_close(a, p.grad, rtol=1e-3, atol=1e-5)
+    theirs = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
 
 
 # --------------------------------------------------------------------------------------------------
 # a run
 
 def test_a_run_learns_and_leaves_what_it_promises(text, capsys):
-    assert train.main(flags(max_iters=40, eval_interval=20)) is True
-    out = capsys.readouterr().out
-    assert '  python sample.py --out_dir=out/run --exit_layer 1\n' in out and 'ternary' in out
+    assert train.main(flags(max_iters=30, eval_interval=15)) is True
+    assert '  python sample.py --out_dir=out/run --exit_layer 1\n' in capsys.readouterr().out
     first, *entries = log()
     assert first['settings']['lambda_ee'] == 0.3 and first['meta']['tokenizer'] == 'bytes'
     steps = [entry for entry in entries if 'ce' in entry]
-    assert [entry['iter'] for entry in steps] == list(range(1, 41))
+    assert [entry['iter'] for entry in steps] == list(range(1, 31))
     assert steps[0]['ce'] == pytest.approx(math.log(256), abs=0.3)  # before learning: uniform
-    assert steps[7]['lr'] == get_lr(7, TrainSettings(**RUN | dict(max_iters=40)))
+    assert steps[7]['lr'] == get_lr(7, TrainSettings(**RUN | dict(max_iters=30)))
     best = min(entry['val_loss'] for entry in entries if 'val_loss' in entry)
     assert best < 4.5 and load_checkpoint('out/run/ckpt.pt')['progress']['val_loss'] == best
-    model, settings = open_model('out/run/ckpt.pt')
-    val = load_tokens('data/text-bytes', 'val')
-    assert evaluate(model, val, batch_size=2)[-1] == pytest.approx(best, abs=1e-6)
-    assert not Path('out/run.lock').exists()
-
-
-def interrupt_at_each_step(monkeypatch):
-    """Ctrl-C in the middle of the first step of each call of train.main."""
-    calls, get_batch, gradient = [], train.get_batch, train.gradient
-
-    def pressed(*args):
-        calls.append(1)
-        if len(calls) == 2:  # the second micro-batch
-            os.kill(os.getpid(), signal.SIGINT)
-        return get_batch(*args)
-    monkeypatch.setattr(train, 'get_batch', pressed)
-    monkeypatch.setattr(train, 'gradient', lambda *args: calls.clear() or gradient(*args))
+    loss = evaluate(open_model('out/run/ckpt.pt')[0], load_tokens('data/text-bytes', 'val'))[-1]
+    assert loss == pytest.approx(best, abs=1e-5) and not Path('out/run.lock').exists()
 
 
 @pytest.mark.parametrize('change', [{}, dict(dtype='bfloat16', dropout=0.1, ee_positions='sampled')],
                          ids=str)
 def test_resuming_after_any_step_is_bit_exact(text, monkeypatch, change):
-    """A run of seven steps that is stopped and resumed at each of them, and one that is not: the
-    same weights, optimizer and log, whatever is drawn at random."""
+    """A run of seven steps that gets a Ctrl-C in the middle of each of them and is resumed, and one
+    that does not: the same weights, optimizer and log, whatever is drawn at random."""
     settings = dict(max_iters=7, eval_interval=3, schedule='cosine', **change)
     assert train.main(flags(out_dir='out/whole', **settings))
-    interrupt_at_each_step(monkeypatch)
-    finished, calls = train.main(flags(**settings)), 1
-    while not finished:
-        assert load_checkpoint('out/run/last.pt')['progress']['iter'] == calls
-        finished, calls = train.main(RESUME), calls + 1
-    assert calls == 7 and train.main(RESUME)  # a finished run has nothing left to do
+    calls, get_batch = [], train.get_batch
+
+    def interrupted(*args):
+        calls.append(1)
+        if len(calls) % 2 == 0:  # in the second micro-batch
+            os.kill(os.getpid(), signal.SIGINT)
+        return get_batch(*args)
+    monkeypatch.setattr(train, 'get_batch', interrupted)
+    assert train.main(flags(**settings)) is False
+    for step in range(1, 7):
+        assert load_checkpoint('out/run/last.pt')['progress']['iter'] == step
+        assert train.main(RESUME) is (step == 6)
+    assert train.main(RESUME) and len(calls) == 14  # a finished run has nothing left to do
     assert_same_run('out/whole', 'out/run')
 
 
 def test_a_killed_run_is_whole_and_resumes_exactly(text):
     """train.py | head: the reader of our output goes, the run goes on. Then kill -9, at any moment.
     What was logged after the last save is logged again, once."""
-    settings = dict(max_iters=40, eval_interval=3, log_interval=2)
+    settings = dict(max_iters=30, eval_interval=3, log_interval=2)
     with start(**settings) as process:
         process.stdout.close()
-        wait_for('out/run/last.pt')
+        while not os.path.exists('out/run/last.pt'):
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.01)
         time.sleep(random.random() / 10)
         process.kill()
     assert load_checkpoint('out/run/last.pt')['progress']['iter'] % 3 == 0
     open_model('out/run/ckpt.pt')
-    assert train.main(RESUME)
-    train.main(flags(out_dir='out/whole', **settings))
+    assert train.main(RESUME) and train.main(flags(out_dir='out/whole', **settings))
     assert_same_run('out/whole', 'out/run')
 
 
@@ -207,24 +181,23 @@ def test_two_processes_take_the_step_of_one(text):
     there. The micro-batches of both are those of one, and so are the losses."""
     with socket.socket() as free:
         free.bind(('localhost', 0))
-        port = str(free.getsockname()[1])
+        address = dict(MASTER_ADDR='localhost', MASTER_PORT=str(free.getsockname()[1]))
     settings = dict(batch_size=1, p_max=0.9, max_iters=6, eval_interval=3)
-    both = [start(ENV | dict(RANK=str(n), LOCAL_RANK=str(n), WORLD_SIZE='2', MASTER_PORT=port,
-                             MASTER_ADDR='localhost'), out_dir='out/two', **settings)
-            for n in range(2)]
+    both = [start(ENV | address | dict(RANK=n, LOCAL_RANK=n, WORLD_SIZE='2'), out_dir='out/two',
+                  **settings) for n in '01']
     train.main(flags(out_dir='out/one', **settings))
-    outputs = [process.communicate(timeout=120) for process in both]
-    assert [process.returncode for process in both] == [0, 0], outputs
-    assert 'best: val loss' in outputs[0][0] and not outputs[1][0]  # one of them speaks
+    (out, error), (silence, _) = (process.communicate(timeout=120) for process in both)
+    assert [process.returncode for process in both] == [0, 0], error
+    assert 'best: val loss' in out and not silence  # one of them speaks
     assert_same_run('out/one', 'out/two', rtol=1e-4, atol=1e-6)
 
 
 def test_a_compiled_run_has_the_same_losses(text, monkeypatch):
     """Samples that skip change the batch size; one graph serves any, and none is broken. (The
-    graphs run as they were traced: to generate C++ from them would take minutes.)"""
+    graphs run as they were traced: to compile C++ from them takes minutes.)"""
     compile_, counters = torch.nn.Module.compile, torch._dynamo.utils.counters
     monkeypatch.setattr(torch.nn.Module, 'compile', lambda m: compile_(m, backend='aot_eager'))
-    settings = dict(n_layer=2, batch_size=4, max_iters=3, eval_interval=3)
+    settings = dict(batch_size=4, max_iters=2, eval_interval=2, p_max=0.9)
     train.main(flags(**settings))
     train.main(flags(compile=True, out_dir='out/compiled', **settings))
     assert 0 < counters['stats']['unique_graphs'] <= 6 and not counters['graph_break']
@@ -236,14 +209,10 @@ def test_a_compiled_run_has_the_same_losses(text, monkeypatch):
 # --------------------------------------------------------------------------------------------------
 # when to stop
 
-def test_patience_stops_a_run_that_does_not_improve(text):
-    train.main(flags(learning_rate=0, patience=2, max_iters=40))
-    evaluations = [entry['iter'] for entry in log() if 'val_loss' in entry]
-    assert evaluations == [4, 8, 12]  # the first one is the best, two are no better
-
-
-def test_patience_and_the_best_loss_outlast_an_interruption(text):
+def test_patience_counts_evaluations_and_outlasts_an_interruption(text):
     """A resumed run took the first model that it evaluated for its best."""
+    train.main(flags(learning_rate=0, patience=2, max_iters=40))
+    assert [entry['iter'] for entry in log() if 'val_loss' in entry] == [4, 8, 12]
     train.main(flags(max_iters=4, patience=2))
     state = load_checkpoint('out/run/last.pt')
     state['progress'].update(val_loss=0.5, bad_evals=1)  # as if it had been better before
@@ -270,16 +239,12 @@ def test_divergence_stops_with_step_checkpoint_and_advice(text):
 # --------------------------------------------------------------------------------------------------
 # folders, and a user's mistakes
 
-def test_an_earlier_run_is_moved_aside_not_overwritten(text):
+def test_an_earlier_run_is_moved_aside_and_one_at_work_is_left_alone(text):
+    """A second run moved the first one's folder aside, and both wrote into the new one."""
     for seed in (1, 2, 3):
         train.main(flags(seed=seed, max_iters=1, eval_interval=1))
-    seeds = {run: load_checkpoint(f'out/{run}/ckpt.pt')['settings']['seed']
-             for run in ('run.1', 'run.2', 'run')}
+    seeds = {run: load_checkpoint(f'out/{run}/ckpt.pt')['settings']['seed'] for run in os.listdir('out')}
     assert seeds == {'run.1': 1, 'run.2': 2, 'run': 3}
-
-
-def test_a_folder_is_for_one_run_at_a_time_however_it_is_written(text):
-    """The second run moved the first one's folder aside, and both wrote into the new one."""
     with exclusive('out/run', wait=False):
         for out_dir in ('out/run', 'out/run/', './out//run'):
             with pytest.raises(UserError, match='out/run is being trained by another process'):
@@ -291,11 +256,10 @@ def test_a_folder_is_for_one_run_at_a_time_however_it_is_written(text):
     ({'init_from': 'out/nothing'}, 'there is no checkpoint out/nothing/ckpt.pt'),
     ({'dataset': 'wikitxt2'}, 'wikitext2'),
     ({'block_size': 100000}, 'too few for block_size=100000'),
-    ({'n_head': 5}, 'n_embd=32 .* n_head=5'),
-    ({'batch_size': 0}, 'batch_size'), ({'max_iters': 0}, 'max_iters'),
-    ({'decay_frac': 2}, 'decay_frac'), ({'learning_rate': 'fast'}, 'learning_rate: expected float'),
-    ({'target_exit': 3}, 'target_exit is 0 to 2, got 3'),
-    ({'linear': 'quant:Nothing'}, 'quant:Nothing'),
+    ({'n_head': 5}, 'n_embd=32 .* n_head=5'), ({'batch_size': 0}, 'batch_size'),
+    ({'max_iters': 0}, 'max_iters'), ({'decay_frac': 2}, 'decay_frac'),
+    ({'learning_rate': 'fast'}, 'learning_rate: expected float'),
+    ({'target_exit': 3}, 'target_exit is 0 to 2, got 3'), ({'linear': 'quant:No'}, 'quant:No'),
     ({'device': 'cuda:77'}, "device 'cuda:77' is not here")], ids=str)
 def test_mistakes_are_told_in_one_sentence_and_leave_nothing(text, changes, message):
     with pytest.raises(UserError, match=message) as error:
@@ -303,15 +267,8 @@ def test_mistakes_are_told_in_one_sentence_and_leave_nothing(text, changes, mess
     assert '\n' not in str(error.value) and not os.path.exists('out/run')
 
 
-def test_micro_batches_are_shared_evenly_by_processes(text, monkeypatch):
-    monkeypatch.setattr(train, 'Processes', lambda device: type('P', (), dict(world=3, device=device)))
-    with pytest.raises(UserError, match='gradient_accumulation_steps=2 .* processes, 3'):
-        train.main(flags())
-
-
-def test_resume_refuses_other_models_and_other_data(text):
-    """Settings that a run cannot change on its way. It went on, with its old data under the name
-    of the new."""
+def test_resume_refuses_another_model_and_another_text(text):
+    """The text was its own, but from then on the run was told to be on the other one."""
     train.main(flags(max_iters=1, eval_interval=1))
     for flag in ('--n_embd=64', '--n_layer=2', '--exit_norm=raw'):
         with pytest.raises(UserError, match='does not fit these settings'):
@@ -322,54 +279,33 @@ def test_resume_refuses_other_models_and_other_data(text):
             train.main([*RESUME, flag, '--max_iters=2'])
 
 
-def test_a_run_goes_on_with_its_own_text(text, capsys):
-    """What stands in text.txt now is another text: not a word of it is trained on, as long as the
-    prepared tokens are there. Where they are gone, this is said."""
-    train.main(flags(out_dir='out/whole', max_iters=3, eval_interval=3))
-    train.main(flags(max_iters=3, eval_interval=1, schedule='linear'))
-    state = load_checkpoint('out/run/last.pt')
-    Path('text.txt').write_text('another text\n' * 1000)
-    train.main(flags(out_dir='out/new', max_iters=1))  # prepares it
-    capsys.readouterr()
-    assert train.main([*RESUME, '--max_iters=5'])
-    assert 'note' not in capsys.readouterr().out
-    assert load_checkpoint('out/run/last.pt')['meta'] == state['meta']
-    shutil.rmtree('data')
-    assert train.main([*RESUME, '--max_iters=6'])
-    assert 'note: data/text-bytes is not the text that this model was' in capsys.readouterr().out
-
-
 def test_init_from_starts_from_a_finished_model(text):
     """Its settings hold, its weights are taken over, but for gates that learned something else."""
     train.main(flags(max_iters=2, eval_interval=2, exit_norm='none'))
-    before = load_checkpoint('out/run/ckpt.pt')
+    before = load_checkpoint('out/run/ckpt.pt')['model']
     start_from = ['--init_from=out/run', '--out_dir=out/new', '--learning_rate=0', '--max_iters=1']
     for gate_loss in ('cost', 'divergence'):
         assert train.main([*start_from, f'--gate_loss={gate_loss}'])
         after = load_checkpoint('out/new/ckpt.pt')
         assert after['settings']['exit_norm'] == 'none' and after['progress']['iter'] == 1
-        same = {name: torch.equal(weight, after['model'][name])
-                for name, weight in before['model'].items()}
-        assert all(ok for name, ok in same.items() if 'gates' not in name)
-        assert {ok for name, ok in same.items() if 'gates' in name} == {gate_loss == 'cost'}
+        for name, weight in before.items():
+            same = 'gates' not in name or gate_loss == 'cost'
+            assert torch.equal(weight, after['model'][name]) == same, name
     for flag in ('--n_embd=64', '--n_layer=4', '--n_layer=2', '--sub_norm=False'):
         with pytest.raises(UserError, match='the model in out/run does not fit these settings'):
             train.main([*start_from, flag])
 
 
-# --------------------------------------------------------------------------------------------------
-# the configs
-
 @pytest.mark.parametrize('path', sorted((ROOT / 'config').glob('[!_]*.py')), ids=lambda p: p.stem)
 def test_every_config_is_short_and_valid(path):
-    """At most ten settings, an opening comment with its command, the papers' parameter counts."""
+    """At most ten settings, an opening comment with a command, the papers' parameter counts."""
     lines = path.read_text().splitlines()
     assert 1 <= len([line for line in lines if line and not line.startswith('#')]) <= 10
     assert lines[0].startswith('# ') and '#   python train.py config/' in path.read_text()
     s, _ = train.read_settings([str(path)], TrainSettings)
     with torch.device('meta'):
         weights = BitSkip(BitSkipConfig.of(vars(s))).quantizable_parameters()
-    if path.stem in ('baseline', 'bitskip_h', 'bitskip_ee', 'bitskip_h_ee', 'compose'):
+    if path.stem.startswith(('baseline', 'bitskip', 'compose')):
         assert weights == 34_603_008
-    if path.stem in ('tinystories_v1', 'tinystories_v2', 'tinystories_v3', 'layerskip', 'llama3'):
+    if path.stem.startswith(('tinystories', 'layerskip', 'llama3')):
         assert weights == 855_638_016

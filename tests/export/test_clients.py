@@ -1,0 +1,97 @@
+"""What others have already: their architectures, adapters, harnesses and functions on our models."""
+import pytest
+import torch
+import torch.nn.functional as F
+from runs import ARCEE, EXTRA, L, folder, greedy, load, save_run, text  # noqa: F401
+from torch.testing import assert_close
+
+transformers = pytest.importorskip('transformers', reason=f'transformers {EXTRA}')
+
+from exits import linear_cross_entropy  # noqa: E402
+from export import hf  # noqa: E402
+from model import open_model  # noqa: E402
+from quant import weight_ternary  # noqa: E402
+
+
+@pytest.mark.parametrize('linear', ['bitlinear', 'fp'])
+@pytest.mark.parametrize('blocks', [2, L])
+def test_arcee_of_transformers_computes_what_ours_does(folder, linear, blocks):
+    """Its own code, on our folder. An exit is a folder with fewer blocks. (Theirs multiplies by
+    127 / max|x| where ours divides by max|x| / 127: the rare code at a tie may differ by one.)"""
+    pytest.importorskip('accelerate', reason=f'accelerate {EXTRA}')
+    save_run(f'out/{linear}', **ARCEE | dict(linear=linear))
+    name = f'out/{linear}/hf-{blocks}'
+    hf.main([f'--out_dir=out/{linear}', '--as=arcee', f'--exit_layer={blocks - 1}',
+             f'--hf_dir={name}'])
+    with torch.compiler.set_stance('force_eager'), torch.no_grad():
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(name)
+        ours = open_model(f'out/{linear}/ckpt.pt')[0]
+        assert type(theirs).__name__ == 'ArceeForCausalLM' and theirs.config.num_hidden_layers == blocks
+        difference = (theirs(text(4, 60)).logits - ours(text(4, 60), exit_layer=blocks - 1)[0]).abs()
+        assert (difference.amax(-1) < 1e-3).float().mean() > 0.9 and difference.median() < 1e-4
+        out = theirs.generate(text(1), max_length=60, do_sample=False)
+        assert out[0].tolist() == greedy(ours, text(1), 60, blocks)
+    assert 'trust_remote_code' not in (folder / name / 'README.md').read_text()
+
+
+@pytest.fixture(scope='module')
+def ternary(folder):
+    """The folder of a ternary model, BitLinear in q, k and v, HBitLinear in o and down."""
+    save_run('out/ternary')
+    hf.main(['--out_dir=out/ternary'])
+    return 'out/ternary/hf-latent'
+
+
+@pytest.mark.parametrize('where', [dict(target_modules=['q', 'v', 'up']),
+                                   dict(target_modules=[], target_parameters=['q.weight', 'down.weight'])])
+def test_lora(ternary, where):
+    """LoRA on modules adapts outputs; merged, W + BA is made ternary anew, which is another model.
+    LoRA on parameters adapts the latent W, of HBitLinear too, and merging changes nothing."""
+    peft = pytest.importorskip('peft', reason=f'peft {EXTRA}')
+    model = load(ternary)
+    before = model(text()).logits
+    lora = peft.get_peft_model(model, peft.LoraConfig(r=4, task_type='CAUSAL_LM', **where))
+    assert torch.equal(lora(input_ids=text()).logits, before)
+    optimizer = torch.optim.AdamW([p for p in lora.parameters() if p.requires_grad], 1e-2)
+    losses = []
+    for _ in range(8):
+        losses.append(lora(input_ids=text(), labels=text()).loss)
+        losses[-1].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses[-1] < 0.9 * losses[0]
+    adapted = lora.eval()(input_ids=text()).logits
+    q = lora.base_model.model.model.blocks[0].attn.q
+    expected = q.get_base_layer().weight + q.get_delta_weight('default')
+    merged = lora.merge_and_unload()
+    assert_close(merged.model.blocks[0].attn.q.weight, expected)
+    assert torch.equal(merged.model.blocks[0].attn.q.ternary()[0], weight_ternary(expected)[0])
+    difference = (merged(text()).logits - adapted).std() / adapted.std()
+    assert difference > 0.05 if where['target_modules'] else difference < 1e-3
+
+
+def test_log_likelihoods_of_lm_eval(ternary):
+    lm_eval = pytest.importorskip('lm_eval.models.huggingface', reason=f'lm_eval {EXTRA}')
+    from lm_eval.api.instance import Instance
+    pairs = [('Once upon', ' a time'), ('x =', ' 3'), ('def main', '(argv):\n')]
+    harness = lm_eval.HFLM(pretrained=ternary, trust_remote_code=True, batch_size=3, device='cpu')
+    found = harness.loglikelihood(
+        [Instance('loglikelihood', {}, pair, i) for i, pair in enumerate(pairs)], disable_tqdm=True)
+    ours = open_model('out/ternary/ckpt.pt')[0]
+    assert harness.max_length == 128
+    for (prompt, rest), (likelihood, _) in zip(pairs, found):
+        ids = torch.tensor([list((prompt + rest).encode())])
+        loss = F.cross_entropy(ours(ids[:, :-1])[0][0], ids[0, 1:], reduction='none')
+        assert abs(likelihood + loss[-len(rest):].sum().item()) < 0.01 * abs(likelihood)
+
+
+@pytest.mark.skipif(not hasattr(F, 'linear_cross_entropy'), reason='this torch has none of its own')
+def test_linear_cross_entropy_is_that_of_torch():
+    h, w, targets = torch.randn(50, 16), torch.randn(31, 16), torch.randint(31, (50,))
+    results = []
+    for function in (linear_cross_entropy, F.linear_cross_entropy):
+        a, b = h.clone().requires_grad_(), w.clone().requires_grad_()
+        loss = function(a, b, targets)
+        loss.backward()
+        results.append((loss.detach(), a.grad, b.grad))
+    assert_close(*results)
