@@ -1,30 +1,18 @@
-"""
-What all scripts need of the machine: a device, files that are whole, processes, interrupts.
-
-A file is written aside and renamed at its end: under its name stands the old content or the new.
-Checkpoints hold tensors and plain values, and load with weights_only=True: they cannot run code.
-"""
+"""What all scripts need: a device, files that are whole, processes, interrupts."""
 import contextlib
 import ctypes
-import glob
 import itertools
-import json
 import os
 import secrets
 import signal
 import sys
-import zipfile
 
 os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')  # idle threads sleep; torch must come later
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from filelock import FileLock, Timeout  # noqa: E402  (torch requires it)
 
-from configurator import UserError, is_out_of_memory  # noqa: E402
-
-PROGRESS = {'iter': 0, 'last_eval': 0, 'bad_evals': 0, 'log_size': 0, 'val_loss': 0.0,
-            'seconds': 0.0}  # of a run, as train.py saves it
-
+from configurator import UserError  # noqa: E402
 
 def pick_device(name):
     """torch.device of cpu, cuda, cuda:1, mps or auto. UserError if this machine has none."""
@@ -36,22 +24,18 @@ def pick_device(name):
     except (RuntimeError, AssertionError, NotImplementedError):
         raise UserError(f"device '{name}' is not here; --device=auto picks one that is") from None
 
-
 def pick_dtype(name, device):
     """'float32' or 'bfloat16'. 'auto' is bfloat16 on a GPU that multiplies it natively."""
     native = device.type == 'cuda' and torch.cuda.is_bf16_supported(including_emulation=False)
     return name if name != 'auto' else 'bfloat16' if native else 'float32'
 
-
 def autocast(device, dtype):
     """Matrix products in bfloat16, if asked; weights and all that is delicate stay in float32."""
     return torch.autocast(device.type, torch.bfloat16, enabled=dtype == 'bfloat16')
 
-
 def synchronize(device):  # before a clock is read
     if device.type != 'cpu':
         torch.accelerator.synchronize()
-
 
 def keep_freed_memory():
     """Tell glibc to keep large freed blocks. A training step asks for the same tensors again, and
@@ -61,7 +45,6 @@ def keep_freed_memory():
         mallopt(mmap_threshold, 2 ** 31 - 1) or mallopt(mmap_threshold, 2 ** 25)
         mallopt(trim_threshold, 2 ** 31 - 1)
 
-
 def say(*text):
     """print, in the main process. When the reader of our output (head) has gone, go on."""
     try:
@@ -70,16 +53,13 @@ def say(*text):
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
-
 def read_text_strict(path):
     """The text of a file, or of stdin for '-', which must be UTF-8."""
-    with open(0 if path == '-' else path, 'rb', closefd=path != '-') as file:
-        data = file.read()
     try:
-        return data.decode()
+        with open(0 if path == '-' else path, 'rb', closefd=path != '-') as file:
+            return file.read().decode()
     except UnicodeDecodeError as error:
         raise UserError(f'{path} is not UTF-8 text: see byte {error.start}') from None
-
 
 def require_suffix(flag, path, suffix):
     """`path`, unless it names another kind of file: a model, say, that would be overwritten."""
@@ -87,10 +67,9 @@ def require_suffix(flag, path, suffix):
         raise UserError(f'{flag}={path} should end in {suffix}: it names the file to write')
     return path
 
-
 @contextlib.contextmanager
 def atomic_write(path, mode='wb'):
-    """A file to write, which appears under `path` when the block has ended without an error."""
+    """A file to write. It takes the place of `path` when the block has ended without an error."""
     os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
     aside = f'{path}.{secrets.token_hex(4)}.tmp'  # each writer has its own
     try:
@@ -99,15 +78,15 @@ def atomic_write(path, mode='wb'):
             file.flush()
             os.fsync(file.fileno())
         os.replace(aside, path)
-    except BaseException as error:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(aside)
+    except (OSError, RuntimeError) as error:  # torch.save hides a full disk behind a RuntimeError
         full = error.__context__ if isinstance(error, RuntimeError) else error
-        if isinstance(full, OSError):  # torch.save hides a full disk behind a RuntimeError
+        if isinstance(full, OSError):
             full.filename = full.filename or path
             raise full from None
         raise
-
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(aside)
 
 @contextlib.contextmanager
 def exclusive(path, wait=True):
@@ -124,78 +103,11 @@ def exclusive(path, wait=True):
             os.unlink(lock.lock_file)
             lock.release()
 
-
 def move_aside(path):
     """Rename a file or folder to the first free of path.1, path.2, ... and return that name."""
     aside = next(f'{path}.{n}' for n in itertools.count(1) if not os.path.lexists(f'{path}.{n}'))
     os.rename(path, aside)
     return aside
-
-
-def save_checkpoint(path, checkpoint):
-    with atomic_write(path) as file:
-        torch.save(checkpoint, file)
-
-
-def load_checkpoint(path, device='cpu'):
-    """The dict that save_checkpoint wrote: model, settings, meta, progress and more. UserError if
-    the file is missing, damaged or something else."""
-    if not os.path.isfile(path):
-        raise UserError(f'there is no checkpoint {path}; train.py makes one from scratch')
-    try:
-        with zipfile.ZipFile(path) as archive:  # it has a checksum for every tensor
-            size = sum(record.file_size for record in archive.infolist())
-            if size > os.path.getsize(path) or archive.testzip():
-                raise ValueError('checksums or sizes are wrong')
-        found = own(torch.load(path, 'cpu', weights_only=True, mmap=True), device, size)
-        json.dumps([found['settings'], found['meta'], found['progress']])  # plain values only
-        progress = PROGRESS | found['progress']
-        names = [*found['model'], *found['settings'], found.get('model_class', ''),
-                 found['meta']['tokenizer']]
-        if not (all(type(progress[key]) is type(PROGRESS[key]) for key in PROGRESS)
-                and all(type(name) is str for name in names) and found['meta']['splits'].keys()
-                and all(map(torch.is_tensor, found['model'].values()))
-                and all(value >= 0 for value in progress.values())):
-            raise ValueError('what it holds is not of the types expected')
-    except Exception as error:  # reading arbitrary bytes can fail in any way
-        if isinstance(error, PermissionError) or is_out_of_memory(error):
-            raise
-        why = ' '.join(repr(error).split())[:120]
-        raise UserError(f'{path} is damaged, or not a checkpoint of train.py: {why}') from None
-    return found
-
-
-def own(tree, device, size):
-    """Nested dicts and lists whose tensors are copied to `device`, each into a storage of its own.
-    (In a hostile file they overlap, and an update in place would do anything.)"""
-    if isinstance(tree, dict):
-        return {key: own(value, device, size) for key, value in tree.items()}
-    if type(tree) in (list, tuple):
-        return type(tree)(own(value, device, size) for value in tree)
-    if not torch.is_tensor(tree):
-        return tree
-    if tree.layout != torch.strided or tree.is_meta or tree.is_complex() or tree.nbytes > size:
-        raise ValueError('its tensors are sparse, complex, without content or larger than the file')
-    return tree.detach().to(device, copy=True, memory_format=torch.contiguous_format)
-
-
-def find_run(out_dir=''):
-    """`out_dir`, or else the newest run in out/, which is then named."""
-    runs = glob.glob('out/*/ckpt.pt') + glob.glob('out/*/packed.pt')
-    if not (out_dir or runs):
-        raise UserError('no run in out/: python train.py config/bitskip_h_ee.py config/cpu.py '
-                        'makes one, or name a folder: --out_dir=...')
-    if not out_dir:
-        out_dir = os.path.dirname(max(runs, key=os.path.getmtime))
-        say(f'run: {out_dir} (the newest; --out_dir=... for another)')
-    return out_dir
-
-
-def run_file(out_dir, name=''):
-    """The path of a checkpoint in a run's folder; of ckpt.pt, or else packed.pt, without a name."""
-    paths = [os.path.join(out_dir, n) for n in ([name] if name else ['ckpt.pt', 'packed.pt'])]
-    return next(filter(os.path.exists, paths), paths[0])
-
 
 class Processes:
     """The processes that train together: one, or those of torchrun (gloo on CPU, nccl on CUDA)."""
@@ -224,8 +136,7 @@ class Processes:
         self.any(False)
 
     def first_then_all(self, work):
-        """What work() returns. The main process goes first: the others find it done, or, if it
-        fails there with a UserError, end without a word."""
+        """What work() returns. The main process goes first; if it fails, the others end, too."""
         error = result = None
         try:
             result = work() if self.is_main else None
@@ -240,10 +151,8 @@ class Processes:
             dist.barrier()
             dist.destroy_process_group()
 
-
 class Interrupts:
-    """with Interrupts() as interrupts: Ctrl-C or SIGTERM once sets .wanted, twice it raises
-    KeyboardInterrupt. Several processes all ask Processes.any(interrupts.wanted)."""
+    """A context: Ctrl-C or SIGTERM once sets .wanted; twice, it raises KeyboardInterrupt."""
 
     def __enter__(self):
         self.wanted = False

@@ -5,7 +5,7 @@ Settings from Python files and flags, in the spirit of nanoGPT's configurator.
 
 Settings are a dataclass, each a commented line: `n_layer: int = 12  # blocks`. --help shows them.
 Configs are Python files, run in order. Each sees the settings so far: `ffn_dim = 4 * n_embd` works.
-Its own names start with an underscore. Flags come on top, wherever they stand. Types are checked.
+Its own names start with an underscore. Flags come on top, wherever they stand.
 """
 import ast
 import contextlib
@@ -18,10 +18,8 @@ import runpy
 import sys
 import typing
 
-
 class UserError(Exception):
     """A user's mistake, told in one sentence: what is wrong, and what to do about it."""
-
 
 def run(main):
     """Call main(argv) as a script. A user's mistake ends in one sentence and exit code 2."""
@@ -43,15 +41,12 @@ def run(main):
         print('error:', ' '.join(str(error).split())[:500], file=sys.stderr)
         sys.exit(2)
 
-
 def is_out_of_memory(error):  # (torch has no error class for a CPU's memory)
     return bool(re.search('MemoryError|allocate memory|out of memory|ALLOC_FAILED', repr(error)))
-
 
 def configure(cls, argv, base=None):
     """The dataclass `cls`: its defaults, then `base` (a dict), then configs, then flags."""
     return build(cls, collect(cls, argv, base))
-
 
 def build(cls, values):
     try:
@@ -59,11 +54,10 @@ def build(cls, values):
     except ValueError as error:  # of the right types, but not possible
         raise UserError(str(error)) from None
 
-
 def collect(cls, argv, base=None):
     """The values for `build`: a dict. Prints --help."""
     if '--help' in argv or '-h' in argv:
-        sys.exit(print(help_text(cls)))
+        sys.exit(print_help(cls))
     hints, flags = typing.get_type_hints(cls), []
     values = {key: getattr(cls, key) for key in hints}  # the defaults
     values |= {key: convert(key, value, hints, 'saved ') for key, value in (base or {}).items()}
@@ -77,25 +71,21 @@ def collect(cls, argv, base=None):
                 values[key] = convert(key, value, hints, f'{path}: ')
     return values | {key: convert(key, text, hints, '--', True) for key, text in flags}
 
-
 def configs_of(cls, argv, flags=None):
     """The configs in `argv`. Flags (--key=text, --key text, --key for a bool) go to the list."""
     configs, flags, rest = [], [] if flags is None else flags, iter(argv)
     for arg in rest:
-        key, equals, text = arg.partition('=')
-        key = key[2:].replace('-', '_')
         if not arg.startswith('--'):
             configs.append(arg)
-        elif equals:
-            flags.append((key, text))
-        elif typing.get_type_hints(cls).get(key) is bool:
-            flags.append((key, 'true'))
-        else:
-            flags.append((key, next(rest, '--')))
-            if flags[-1][1].startswith('--'):
+            continue
+        key, equals, text = arg.partition('=')
+        key = key[2:].replace('-', '_')
+        if not equals:
+            text = 'true' if typing.get_type_hints(cls).get(key) is bool else next(rest, '--')
+            if text.startswith('--'):
                 raise UserError(f'{arg} needs a value: {arg}=...')
+        flags.append((key, text))
     return configs
-
 
 def convert(key, value, hints, where='', from_text=False):
     """`value` of setting `key`, in its type. For flags, configs and checkpoints alike."""
@@ -115,7 +105,6 @@ def convert(key, value, hints, where='', from_text=False):
         raise UserError(f'{where}{key}: expected {hint}, got {value!r:.80}')
     return value
 
-
 def check(settings, limits):
     """Give all values of a dataclass their types; hold numbers to limits {key: (least, most)}."""
     for key, value in vars(settings).items():
@@ -124,23 +113,19 @@ def check(settings, limits):
         if not least <= getattr(settings, key) <= most:
             raise ValueError(f'{key} is {least} to {most}, got {getattr(settings, key)}')
 
-
-def help_text(cls):
+def print_help(cls):
     """Each setting as `--name=default  comment`, below the docstring of its class."""
-    text = f'usage: python {os.path.basename(sys.argv[0])} [config.py ...] [--setting=value ...]\n'
+    print(f'usage: python {os.path.basename(sys.argv[0])} [config.py ...] [--setting=value ...]')
     for owner in reversed(cls.__mro__[:-1]):
-        text += f'\n{inspect.getdoc(owner)}\n'
+        print(f'\n{inspect.getdoc(owner)}')
         for name, words, default, comment in re.findall(
                 r'^    (\w+): (?:Literal)?(.+?) = (.+?)\s+# (.+)$', inspect.getsource(owner), re.M):
-            text += f"{f'  --{name}={default}':34} {comment} {words * (words[0] == '[')}\n"
-    return text
-
+            print(f"{f'  --{name}={default}':34} {comment} {words * (words[0] == '[')}")
 
 def class_name(cls):
     """'module:Class', for find_class. (A script's own class calls its module only __main__.)"""
     path = os.path.relpath(inspect.getsourcefile(cls), os.path.dirname(__file__))
     return f"{path.removesuffix('.py').replace(os.sep, '.')}:{cls.__qualname__}"
-
 
 def find_class(name, base):
     """The class 'module:Class', a kind of `base`, in a file of this folder; else ValueError."""

@@ -15,6 +15,8 @@ CALM, Schuster et al., 2022). So the cache never has a hole.
 import torch
 import torch.nn.functional as F
 
+from configurator import UserError
+
 EXIT_MODES = ('gate', 'confidence', 'saturation')
 
 class KVCache:
@@ -38,7 +40,7 @@ class KVCache:
         self._length, self.filled = length, [min(n, length) for n in self.filled]
 
     def layer(self, layer, rows=slice(None), start=None):
-        """Layer `layer` for tokens from position `start` (default: length) on, for samples `rows`."""
+        """A layer for tokens from position `start` (default: length) on, of samples `rows`."""
         start = self.length if start is None else start
         if self.filled[layer] < start:
             raise ValueError(f'the cache of layer {layer} holds {self.filled[layer]} tokens, not '
@@ -221,11 +223,11 @@ def exit_score(model, h, before, layer, mode):
     return F.softmax(logits, dim=-1).amax(dim=-1)  # CALM
 
 def fast_room(required=False):
-    """The side room fast/, which decodes quicker, or None where its folder is gone (ValueError if
+    """The side room fast/, which decodes quicker, or None where its folder is gone (UserError if
     it is required). This is the one import of a side room in the core."""
     try:
         import fast
         return fast
     except ImportError:
         if required:
-            raise ValueError('this needs the folder fast/, which is not here') from None
+            raise UserError('this needs the folder fast/, which is not here') from None

@@ -4,7 +4,7 @@ What a trained model can do at each of its exits, and what its ternary weights l
     python eval_exits.py                            the newest run, on its test text
     python eval_exits.py --out_dir=out/... --json=exits.json --split=val
 
-Prints, and writes as JSON and PNG:
+Prints, and writes as JSON:
 
     A5, B3-B5, Card    loss, PPL, bits per byte and tokens/s at every exit
     A3                 ternary weights W^ and latent weights W
@@ -23,17 +23,16 @@ import time
 from dataclasses import dataclass
 from typing import Literal
 
+from checkpoint import find_run, open_model, run_file
+from common import atomic_write, keep_freed_memory, pick_device, require_suffix, synchronize
 import numpy as np
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from common import (atomic_write, find_run, keep_freed_memory, pick_device, require_suffix,
-                    run_file, synchronize)
 from configurator import check, configure, run
 from decode import fast_room, stream
 from exits import expected_exit_layer
-from model import open_model
 from prepare import data_of
 from quant import bit_linears, latent_weights
 
@@ -191,21 +190,6 @@ def print_report(report, gate_loss):
         print(f'  gates at {gates["threshold"]}: mean exit layer {gates["mean_exit_layer"]:.2f}; '
               f'E (A9) {gates["expected_exit_layer"]:.2f}{target}')
 
-def plot(report, path):
-    """Exit curve and spread of the activations side by side, as PNG."""
-    from matplotlib.figure import Figure  # without pyplot: a notebook keeps its own backend
-    figure = Figure(figsize=(9, 3.4), layout='constrained')
-    left, right = figure.subplots(1, 2)
-    layers = [e['layer'] for e in report['exits']]
-    left.plot(layers, [e['ppl'] for e in report['exits']], 'o-', color='#0072B2')
-    left.set(title='Perplexity at each exit', xlabel='exit layer', ylabel='PPL', yscale='log')
-    right.plot(layers, report['stats']['activation_std'], 'o-', color='#009E73')
-    right.set(title='Spread of the activations', xlabel='layer', ylabel='standard deviation of h')
-    for axes in (left, right):
-        axes.grid(alpha=0.3, which='both')
-    with atomic_write(path) as file:
-        figure.savefig(file, format='png', dpi=110)
-
 @dataclass
 class EvalSettings:
     """Evaluates every exit of a trained model, and its weights."""
@@ -255,9 +239,7 @@ def main(argv):
     print_report(report, model.config.gate_loss)
     with atomic_write(path, 'w') as file:
         json.dump(report, file, indent=1)
-    picture = os.path.splitext(path)[0] + '.png'
-    plot(report, picture)
-    print(f'\nwritten: {path}, {picture}')
+    print(f'\nwritten: {path}; python -m papers.plots --runs={out_dir} draws it')
 
 if __name__ == '__main__':
     run(main)

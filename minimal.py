@@ -26,7 +26,7 @@ T, V, BITS = 128, 256, 8  # context, vocabulary (a token is a byte), bits of an 
 P_MAX, GATE = 0.7, 32  # A5: highest probability to skip a block; A6: inner width of a gate
 LAMBDA_EE, LAMBDA_Q, LAMBDA_R = 0.3, 0.05, 0.2  # A7: weights of the losses
 TARGET = L // 2  # A9: l*, the layer where tokens leave on average
-STEPS, BATCH, LR = 600, 8, 4e-3  # training: steps, windows in a step, peak of the learning rate
+STEPS, BATCH, LR = 1200, 4, 8e-3  # training: steps, windows in a step, peak of the learning rate
 
 def weight_ternary(W):
     """A1: W^ = alpha clip(round(W / alpha), -1, 1), alpha = mean|W|. One alpha per matrix."""

@@ -24,8 +24,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import decode
-from common import load_checkpoint
-from configurator import UserError, check, find_class
+from configurator import check
 from exits import (Gate, deal, divergence_loss, exit_loss_in_chunks, exit_weights,
                    linear_cross_entropy, routing_loss, sample_exits, skip_probabilities)
 from quant import linear_class, project, quantization_loss
@@ -83,9 +82,6 @@ class BitSkipConfig:
         """The model's part of a larger dict of settings."""
         return cls(**{f.name: settings[f.name] for f in fields(cls) if f.name in settings})
 
-# --------------------------------------------------------------------------------------------------
-# parts
-
 def make_norm(config, size):
     rms = config.norm == 'rmsnorm'
     return nn.RMSNorm(size, eps=1e-5) if rms else nn.LayerNorm(size, eps=1e-5, bias=False)
@@ -110,8 +106,8 @@ class Attention(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        C, self.head_dim = config.n_embd, config.n_embd // config.n_head
-        self.dropout = config.dropout
+        C, self.dropout = config.n_embd, config.dropout
+        self.head_dim = C // config.n_head
         self.q = linear(config, C, C, 'q')
         self.k = linear(config, C, config.n_kv_head * self.head_dim, 'k')
         self.v = linear(config, C, config.n_kv_head * self.head_dim, 'v')
@@ -179,14 +175,9 @@ class Block(nn.Module):
         a, f = self.attn, self.ffn
         return [p for p in (a.q, a.k, a.v, a.o, f.gate, f.up, f.down) if p is not None]
 
-# --------------------------------------------------------------------------------------------------
-# the model
-
 class BitSkip(nn.Module):
-    """Embedding, L blocks, final norm, head, and a gate at every exit but the last.
-
-    `forward` maps tokens to logits and losses, `hidden_states` yields what each block leaves,
-    `generate` continues a text. A variant is a subclass (papers/)."""
+    """Embedding, L blocks, final norm, head, and a gate at every exit but the last. A variant is a
+    subclass (papers/)."""
 
     Config, Block = BitSkipConfig, Block  # a variant may have its own
     decay_all = False  # weight decay on matrices only
@@ -275,8 +266,12 @@ class BitSkip(nn.Module):
         return h if early and self.config.exit_norm == 'none' else self.norm(h)
 
     def exit_targets(self, idx, targets):
-        """What exits learn: the next token (as run by the authors, the current one: papers/)."""
+        """What exits learn: the next token. (As run by the authors, the current one: papers/.)"""
         return targets
+
+    def adopt(self, state):
+        """The weights of a finished model, by the names that this one has for them."""
+        return state
 
     def losses(self, idx, targets, states):
         """A7: L = CE + lambda_ee L_ee + lambda_q L_quant + lambda_r L_route, a dict of scalars.
@@ -342,37 +337,3 @@ class BitSkip(nn.Module):
         """Continue idx (B, T) int64: (B, T + max_new_tokens). Options: see decode.stream."""
         steps = decode.stream(self, idx, max_new_tokens, **options)
         return torch.cat([idx] + [token for token, _ in steps], dim=1)
-
-# settings that are gone, and the only value of each that today's code still follows
-REMOVED = {'ee_share': 1.0, 'ee_leave': 0.0, 'gate_detach': False, 'skip_schedule': 'quadratic',
-           'skip_last': False, 'ee_curriculum': 'none', 'ee_ramp': 'none', 'ee_detach_head': False,
-           'ee_adapter': 0, 'ee_distill': 0.0, 'freeze': False, 'init_scale': 1.0,
-           'unshifted': 'none', 'causal': True, 'train_latent': False}
-
-def of_today(settings):
-    """The settings of a checkpoint, by today's names. UserError if it needs what is gone."""
-    for name, value in REMOVED.items():
-        if settings.get(name, value) != value:
-            raise UserError(f'this model needs the setting {name}={settings[name]!r}, which is gone; '
-                            'commit 8d883b7 of this project has it')
-    return settings | ({'exit_norm': 'raw'} if settings.get('final_norm') is False else {})
-
-def open_model(path, device='cpu'):
-    """(model, settings) of a checkpoint: a BitSkip or the subclass that it names, in eval mode, and
-    its run's settings, with the `meta` of its data. UserError if its parts do not fit together."""
-    checkpoint = load_checkpoint(path, device)
-    settings, state = of_today(checkpoint['settings']), checkpoint['model']
-    try:
-        if checkpoint.get('packed'):
-            model = decode.fast_room(required=True).load_packed(checkpoint)
-        else:
-            Model = find_class(checkpoint.get('model_class', 'model:BitSkip'), BitSkip)
-            with torch.device('meta'):  # nothing is allocated before all fits
-                model = Model(Model.Config.of(settings))
-            model.load_state_dict({name: w.float() for name, w in state.items()}, assign=True)
-    except (RuntimeError, ValueError, TypeError, AttributeError, KeyError) as error:
-        why = ' '.join(str(error).split())[:160]
-        raise UserError(f'{path} is a checkpoint of another model ({why})') from None
-    if not all(w.isfinite().all() for w in state.values()):
-        raise UserError(f'{path} has weights that are not finite: its training has diverged')
-    return model.to(device).eval(), settings | {'meta': checkpoint['meta']}

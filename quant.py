@@ -11,16 +11,13 @@ codes * scale is W^ or x^. Rounding has no useful gradient. The straight-through
 quantizer for the identity on the way back: dL/dW := dL/dW^ and dL/dx := dL/dx^. The optimizer moves
 the full-precision *latent* weight W. The model computes with W^ only.
 
-`ternary_linear` is the product of A3 by its definition: it multiplies x^ and W^ as floats. Its fast
-twin, `IntegerLinear`, multiplies int8 codes, sums in int32, and scales once. Both give the same
-numbers and gradients, up to rounding (tests/test_quant.py).
-
-A new kind of layer overrides `BitLinear.ternary`, and nothing else (README, "Your own variant").
+`ternary_linear` is the product of A3 by its definition. Its fast twin, `IntegerLinear`, multiplies
+int8 codes, sums in int32, and scales once: the same numbers and gradients, up to rounding. A new
+kind of layer overrides `BitLinear.ternary`, and nothing else (README, "Your own").
 
 What differs from Paper A: the squared ReLU of A3 stands in the FFN only (model.py). As run, it
 ended every projection (papers/as_run.py). The LayerNorm of A3 is the norm that stands before each
-projection anyway. `linear_norm` adds one inside, in either kind of layer, so that the norm and the
-transform can be told apart.
+projection anyway; `linear_norm` adds one inside, so that norm and transform can be told apart.
 """
 import contextlib
 
@@ -32,9 +29,6 @@ from configurator import find_class
 from hadamard import fwht, next_pow2, pad_to_pow2
 
 EPS = 1e-20  # the least mean|W| and max|x| that we divide by: only zeros are below it
-
-# --------------------------------------------------------------------------------------------------
-# quantizers
 
 def weight_ternary(w):
     """A1: w (out, in) floating -> codes (out, in) int8 in {-1, 0, 1}, scale () = mean|w|."""
@@ -68,9 +62,6 @@ def straight_through(x, x_hat):
 def activation_quant_ste(x, bits=8):
     """x^ of A2 with the straight-through gradient: same shape and dtype as x."""
     return straight_through(x, dequantize(*activation_quant(x, bits)))
-
-# --------------------------------------------------------------------------------------------------
-# layers
 
 class BitLinear(nn.Module):
     """y = W^ Q_b(norm(x)) (A1, A2): (..., in_features) -> (..., out_features), no bias.
@@ -176,9 +167,6 @@ def latent_weights(model):
         for layer in layers:
             del layer.latent  # back to the class's
 
-# --------------------------------------------------------------------------------------------------
-# the fast twin: x^ W^ in exact integers
-
 class IntegerLinear(torch.autograd.Function):
     """F.linear(x^, W^) as one int8 product with int32 sums, scaled at the end.
 
@@ -235,8 +223,7 @@ def float_product(a, b):
         return torch.ops.mkldnn._linear_pointwise(a, b.t(), None, 'none', [], '')
     return a @ b
 
-# --------------------------------------------------------------------------------------------------
-# storage: five ternary digits to a byte, because 3^5 = 243 <= 256. That is 1.6 bits a weight; the
+# Storage: five ternary digits to a byte, because 3^5 = 243 <= 256. That is 1.6 bits a weight; the
 # limit is log2(3) = 1.585. Byte j of a row holds columns 5j to 5j+4, the first is the lowest digit:
 #
 #     byte = (c0 + 1) + 3 (c1 + 1) + 9 (c2 + 1) + 27 (c3 + 1) + 81 (c4 + 1)      c in {-1, 0, 1}

@@ -14,12 +14,12 @@ import time
 from dataclasses import dataclass
 from typing import Literal
 
+from checkpoint import find_run, open_model, run_file
+from common import pick_device, read_text_strict
 import torch
 
-from common import find_run, pick_device, read_text_strict, run_file
 from configurator import UserError, check, configure, run
 from decode import Decoder, fast_room, stream
-from model import open_model
 from prepare import get_tokenizer
 
 RAMP = (19, 25, 31, 37, 36, 71, 107, 143, 179, 208, 202, 196)  # terminal colours, early to late
@@ -52,8 +52,8 @@ class SampleSettings:
             raise ValueError('--prompt and --prompt_file both give a prompt; choose one')
         early = self.exit_layer is not None or self.exit_mode != 'none'
         if self.draft_layer is not None and early:
-            raise ValueError('--draft_layer checks each token at full depth; leave out --exit_layer '
-                             'and --exit_mode')
+            raise ValueError('--draft_layer checks each token at full depth, so it goes without '
+                             '--exit_layer and --exit_mode')
 
 def main(argv):
     s = configure(SampleSettings, argv)
@@ -64,44 +64,39 @@ def main(argv):
     if tokenizer.vocab_size != model.config.vocab_size:
         raise UserError(f'this model has {model.config.vocab_size} tokens, its tokenizer '
                         f'{tokenizer.name} {tokenizer.vocab_size}: they do not belong together')
-    ids, most = list(tokenizer.encode(prompt)) or [tokenizer.eot], model.config.block_size
-    if len(ids) > most:
-        print(f'the prompt has {len(ids)} tokens, the model sees {most}: its beginning is cropped')
-    decoder, how = None, 'PyTorch'
-    if s.packed and fast_room():
-        model, decoder, how = fast_room().quick_decoder(model)
+    ids = list(tokenizer.encode(prompt)) or [tokenizer.eot]
+    if len(ids) > model.config.block_size:
+        print(f'the model sees the last {model.config.block_size} tokens of {len(ids)} only')
+    decoder, how, fast = None, 'PyTorch', fast_room(required=drafting)
+    if s.packed and fast:
+        model, decoder, how = fast.quick_decoder(model)
     print(f'decoding: {how}')
-    note_untrained(s, model.config)
+    early = drafting or s.exit_mode != 'none' or s.exit_layer is not None
+    if early and not model.config.lambda_ee:
+        print('note: the exits of this model were not trained (lambda_ee=0)')
+    idx = torch.tensor([ids], device=device)  # (1, T)
     options = dict(temperature=s.temperature, top_k=s.top_k, decoder=decoder or Decoder(model),
                    generator=torch.Generator(device).manual_seed(s.seed))
-    idx = torch.tensor([ids], device=device)  # (1, T)
     for n in range(s.num_samples):
         try:
             if drafting:
-                steps = fast_room(required=True).speculate(model, idx, s.max_new_tokens, s.draft_layer,
-                                                           s.draft_len, **options)
+                steps = fast.draft_and_check(model, idx, s.max_new_tokens, s.draft_layer,
+                                             s.draft_len, **options)
             else:
                 mode = None if s.exit_mode == 'none' else s.exit_mode
-                steps = stream(model, idx, s.max_new_tokens, exit_layer=s.exit_layer, exit_mode=mode,
-                               exit_threshold=s.exit_threshold, **options)
+                steps = stream(model, idx, s.max_new_tokens, exit_layer=s.exit_layer,
+                               exit_mode=mode, exit_threshold=s.exit_threshold, **options)
         except ValueError as error:
             raise UserError(str(error)) from None
-        print('-' * 80 + '\n' if n else '', end='')
+        print('-' * 79 + '\n' if n else '', end='')
         show(prompt, steps, tokenizer, model.config.n_layer, s.show_exits, drafting)
-
-def note_untrained(s, config):
-    """Say so where the settings ask for exits or gates that the model has not trained."""
-    early = s.exit_layer not in (None, config.n_layer - 1) or s.exit_mode != 'none'
-    if (early or s.draft_layer is not None) and not config.lambda_ee:
-        print('note: the exits of this model were not trained (lambda_ee=0)')
-    if s.exit_mode == 'gate' and not config.lambda_r:
-        print('note: the gates of this model were not trained (lambda_r=0)')
 
 def show(prompt, steps, tokenizer, n_layer, show_exits, drafting):
     """Print the prompt and its continuation as it comes, to the end of the text, and a summary.
 
     steps yields tokens (1, n), and the layer that they left at (or how many were drafted)."""
-    coloured = show_exits and not drafting and sys.stdout.isatty()
+    show_exits = show_exits and not drafting
+    coloured = show_exits and sys.stdout.isatty()
     text = codecs.getincrementaldecoder('utf-8')(errors='replace')  # a character may take several
     print(prompt, end='', flush=True)
     counts, told, started = [], [], None
@@ -116,19 +111,16 @@ def show(prompt, steps, tokenizer, n_layer, show_exits, drafting):
         if ends:  # what the model would write next is another text
             break
     print(text.decode(b'', final=True))
-    if not counts:
-        return
-    if coloured:
-        legend = ' '.join(in_colour(str(layer), layer, n_layer) for layer in range(n_layer))
-        print(f'left after block: {legend}')
-    elif show_exits and not drafting:
-        print('left after block: ' + ' '.join(f'{l}:{told.count(l)}' for l in sorted(set(told))))
-    rest = sum(counts[1:])
-    speed = f', {rest / (time.perf_counter() - started):,.0f} tokens/s' if rest else ''
-    accepted, mean = sum(counts) - len(counts), sum(told) / len(told)
-    print(f'\n{sum(counts)} tokens{speed}, ' + (
-        f'{accepted / max(1, sum(told)):.1%} of {sum(told)} drafts accepted' if drafting else
-        f'mean exit layer {mean:.2f} of 0 to {n_layer - 1} ({mean + 1:.2f} blocks)'))
+    if show_exits:
+        print('left after block: ' + ' '.join(
+            in_colour(str(layer), layer, n_layer) if coloured else f'{layer}:{told.count(layer)}'
+            for layer in range(n_layer)))
+    if len(counts) > 1:
+        speed = sum(counts[1:]) / (time.perf_counter() - started)
+        share, mean = (sum(counts) - len(counts)) / max(1, sum(told)), sum(told) / len(told)
+        print(f'\n{sum(counts)} tokens, {speed:,.0f} tokens/s, ' + (
+            f'{share:.1%} of {sum(told)} drafts accepted' if drafting else
+            f'mean exit layer {mean:.2f} of 0 to {n_layer - 1} ({mean + 1:.2f} blocks)'))
 
 def in_colour(text, layer, n_layer):
     colour = RAMP[layer * (len(RAMP) - 1) // max(1, n_layer - 1)]

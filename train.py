@@ -7,11 +7,10 @@ Train a BitSkip model.
     torchrun --nproc_per_node=4 train.py config/bitskip_h_ee.py     four GPUs, or four CPU processes
 
 Step k is a pure function of the settings, of weights and optimizer after step k-1, and of k: each
-micro-batch seeds all its random numbers from (seed, step, micro-batch). So a resumed run is
-bit-exact, and n processes with m micro-batches each take the same step as one process with n m.
+micro-batch seeds its random numbers from (seed, step, micro-batch). So a resumed run is bit-exact,
+and n processes with m micro-batches each take the same step as one process with n m.
 
-A run is a folder, out/<configs>/: ckpt.pt (the best model on validation text), last.pt (the newest
-state, with the optimizer) and log.jsonl (the settings, then a line of metrics per log step).
+A run is a folder, out/<configs>/ (checkpoint.py).
 """
 import json
 import math
@@ -20,27 +19,27 @@ import shlex
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
-from pathlib import Path
 from typing import Literal
 
+from common import (Interrupts, Processes, atomic_write, autocast, exclusive, keep_freed_memory,
+                    move_aside, pick_device, pick_dtype, say)  # before torch: its threads sleep
 import numpy as np
 import torch
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
-from common import (Interrupts, Processes, atomic_write, autocast, exclusive, keep_freed_memory,
-                    load_checkpoint, move_aside, pick_device, pick_dtype, save_checkpoint, say)
+from checkpoint import load_checkpoint, of_today, save_checkpoint
 from configurator import UserError, build, check, class_name, collect, configs_of, run
 from eval_exits import bits_per_byte, evaluate, perplexity
-from model import BitSkip, BitSkipConfig, of_today
+from model import BitSkip, BitSkipConfig
 from prepare import data_of, load_meta, load_tokens, prepare
 from quant import int8_support
 
-LIMITS = {name: (1, math.inf) for name in (
-    'batch_size', 'gradient_accumulation_steps', 'max_iters', 'eval_interval', 'log_interval')}
-LIMITS |= {name: (0, math.inf) for name in (
-    'patience', 'learning_rate', 'min_lr', 'warmup_iters', 'weight_decay', 'grad_clip', 'seed')}
+LIMITS = dict.fromkeys(('batch_size', 'gradient_accumulation_steps', 'max_iters', 'eval_interval',
+                        'log_interval'), (1, math.inf))
+LIMITS |= dict.fromkeys(('patience', 'learning_rate', 'min_lr', 'warmup_iters', 'weight_decay',
+                         'grad_clip', 'seed'), (0, math.inf))
 LIMITS |= {'beta1': (0, 0.999999), 'beta2': (0, 0.999999), 'decay_frac': (0, 1)}
 
 @dataclass
@@ -81,9 +80,6 @@ class TrainSettings(BitSkipConfig):
 class Diverged(UserError):
     """Loss or gradient are not finite any more."""
 
-# --------------------------------------------------------------------------------------------------
-# pure functions of the step
-
 def get_lr(step, s):
     """The learning rate of step 0, 1, ... max_iters-1."""
     # 1) linear warm-up to the peak
@@ -113,10 +109,9 @@ def get_batch(tokens, batch_size, block_size, device):
 def make_optimizer(model, s):
     """AdamW, with weight decay on matrices (embedding and head among them), not on norms."""
     trained = [p for p in model.parameters() if p.requires_grad]
-    decayed = [p for p in trained if p.dim() >= 2 or model.decay_all]
-    groups = [{'params': decayed, 'weight_decay': s.weight_decay},
-              {'params': [p for p in trained if p.dim() < 2 and not model.decay_all],
-               'weight_decay': 0.0}]
+    decays = [p.dim() >= 2 or model.decay_all for p in trained]
+    groups = [{'params': [p for p, yes in zip(trained, decays) if yes == group],
+               'weight_decay': s.weight_decay * group} for group in (True, False)]
     return torch.optim.AdamW(groups, lr=s.learning_rate, betas=(s.beta1, s.beta2), fused=True)
 
 def gradient(model, tokens, s, step, processes):
@@ -136,44 +131,40 @@ def gradient(model, tokens, s, step, processes):
     total = processes.sum(total) / s.gradient_accumulation_steps
     return dict(zip(losses, total.tolist()))
 
-# --------------------------------------------------------------------------------------------------
-# the run's folder
+def path(s, name):
+    return os.path.join(s.out_dir, name)
 
 def save(name, model, s, meta, progress, optimizer=None):
-    progress['log_size'] = os.path.getsize(os.path.join(s.out_dir, 'log.jsonl'))
+    progress['log_size'] = os.path.getsize(path(s, 'log.jsonl'))
     state = {'model': model.state_dict(), 'model_class': class_name(type(model)),
              'settings': asdict(s), 'meta': meta, 'progress': dict(progress)}
-    if optimizer:
-        state['optimizer'] = optimizer.state_dict()
-    save_checkpoint(os.path.join(s.out_dir, name), state)
+    save_checkpoint(path(s, name), state if optimizer is None else
+                    state | {'optimizer': optimizer.state_dict()})
 
 def log(s, **metrics):
-    with open(os.path.join(s.out_dir, 'log.jsonl'), 'a', encoding='utf-8') as file:
+    with open(path(s, 'log.jsonl'), 'a', encoding='utf-8') as file:
         file.write(json.dumps(metrics) + '\n')
 
 def start(s, meta):
     """The folder of a new run. A run that is there already is moved aside, never overwritten."""
-    if any(os.path.exists(os.path.join(s.out_dir, name)) for name in ('ckpt.pt', 'last.pt')):
+    if os.path.exists(path(s, 'ckpt.pt')) or os.path.exists(path(s, 'last.pt')):
         say(f'{s.out_dir} held an earlier run, which is now in {move_aside(s.out_dir)}')
-    with atomic_write(os.path.join(s.out_dir, 'log.jsonl'), 'w') as file:
+    with atomic_write(path(s, 'log.jsonl'), 'w') as file:
         file.write(json.dumps({'settings': asdict(s), 'meta': meta}) + '\n')
 
 def start_from(model, saved, s):
     """Take over the weights of a finished model. Parts that it lacks, gates say, start anew."""
     same_gates = saved['settings'].get('gate_loss') == s.gate_loss  # else they learned otherwise
-    state = {name: weight for name, weight in saved['model'].items()
-             if same_gates or not name.startswith('gates.')}
-    try:
-        missing, odd = model.load_state_dict(state, strict=False)
-        odd += [name for name in missing if not name.startswith(model.new_parts)]
-    except RuntimeError as error:
-        odd = [line.strip() for line in error.args[0].splitlines()[1:]]
+    state, own = model.adopt(saved['model']), model.state_dict()
+    state = {name: w for name, w in state.items() if same_gates or not name.startswith('gates.')}
+    odd = [name for name, w in state.items() if name not in own or own[name].shape != w.shape]
+    odd += [name for name in own if name not in state and not name.startswith(model.new_parts)]
     if odd:
-        raise UserError(f'the model in {s.init_from} does not fit these settings: {odd[0]:.120}')
+        raise UserError(f'the model in {s.init_from} does not fit these settings: see its {odd[0]}')
+    model.load_state_dict(state, strict=False)
 
 def resume(model, optimizer, saved, s, is_main):
     """Take over what `save` wrote, to go on from it bit-exactly; returns its progress."""
-    path, log_path = (os.path.join(s.out_dir, name) for name in ('last.pt', 'log.jsonl'))
     try:
         model.load_state_dict(saved['model'])
         groups = optimizer.state_dict()['param_groups']  # rate, decay and betas are the settings'
@@ -184,27 +175,24 @@ def resume(model, optimizer, saved, s, is_main):
                 raise ValueError('its optimizer is for other parameters')
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         why = ' '.join(str(error).split())[:120]
-        raise UserError(f'{path} does not fit these settings ({why})') from None
-    if is_main and os.path.exists(log_path):  # what was logged later will be logged again
-        size = min(os.path.getsize(log_path), saved['progress'].get('log_size', math.inf))
-        os.truncate(log_path, size)
+        raise UserError(f'{path(s, "last.pt")} does not fit these settings ({why})') from None
+    log_path, size = path(s, 'log.jsonl'), saved['progress'].get('log_size', math.inf)
+    if is_main and os.path.exists(log_path):
+        os.truncate(log_path, min(os.path.getsize(log_path), size))  # the rest is logged again
     return dict(saved['progress'])
-
-# --------------------------------------------------------------------------------------------------
-# from the command line to the last step
 
 def read_settings(argv, Settings):
     """(settings, None), or (settings, checkpoint) where the run builds on another. To resume, the
     run's own settings hold; config files only name its folder, and flags come on top."""
     values, saved = collect(Settings, argv), None
     configs = configs_of(Settings, argv)
-    name = '-'.join(Path(config).stem for config in configs) or 'bitskip'
+    name = '-'.join(os.path.basename(c).removesuffix('.py') for c in configs) or 'bitskip'
     out_dir = os.path.normpath(values['out_dir'] or os.path.join('out', name))
     init_from = values['init_from']
     if init_from != 'scratch':
         resumes = init_from == 'resume'
-        saved = load_checkpoint(os.path.join(out_dir, 'last.pt') if resumes
-                                else os.path.join(init_from, 'ckpt.pt'))
+        folder, name = (out_dir, 'last.pt') if resumes else (init_from, 'ckpt.pt')
+        saved = load_checkpoint(os.path.join(folder, name))
         old = of_today(saved['settings'])
         base = {f.name: old[f.name] for f in fields(Settings) if f.name in old}
         values = collect(Settings, [a for a in argv if not (resumes and a in configs)], base)
@@ -214,59 +202,47 @@ def load_data(s, saved, processes):
     """meta, training tokens, validation tokens. A run that is resumed goes on with its own."""
     if s.init_from == 'resume':
         own = saved['settings'] | {'meta': saved['meta']}
+        if (s.dataset, s.tokenizer) != (own['dataset'], own['tokenizer']):
+            raise UserError(f'{s.out_dir} is a run on {own["dataset"]}, and a run keeps its text')
         return *data_of(own, 'train'), data_of(own, 'val')[1]
     folder = processes.first_then_all(
         lambda: prepare(s.dataset, s.tokenizer, s.source, s.data_dir))
     return load_meta(folder), load_tokens(folder, 'train'), load_tokens(folder, 'val')
 
 def require_finite(s, found, *numbers):
-    if all(map(math.isfinite, numbers)):
-        return
-    saved = os.path.join(s.out_dir, 'last.pt')
-    kept = os.path.exists(saved)
-    keep = f'{saved}, the last good state, is whole' if kept else 'nothing is saved'
-    raise Diverged(f'{found}: training has diverged; {keep}; try a lower --learning_rate than '
-                   f'{s.learning_rate:g}, a longer --warmup_iters or a smaller --grad_clip')
+    if not all(map(math.isfinite, numbers)):
+        kept = os.path.exists(path(s, 'last.pt'))
+        raise Diverged(f'{found}: training has diverged; '
+                       f'{path(s, "last.pt") + " is whole" if kept else "nothing is saved"}; try a '
+                       f'lower --learning_rate than {s.learning_rate:g} or a longer --warmup_iters')
 
-def describe(s, meta, loss):
-    kind = 'full precision' if s.linear == 'fp' else 'ternary'
+def describe(meta, loss):
     return (f'val loss {loss:.4f}, PPL {perplexity(loss):.4g}, '
-            f'{bits_per_byte(loss, meta):.3f} bits per byte, {kind}')
-
-def introduce(s, model, processes):
-    fast, how = int8_support(processes.device.type)
-    millions = sum(p.numel() for p in model.parameters()) / 1e6
-    say(f'{s.out_dir}: {s.linear}, {s.n_layer} layers, {millions:.1f}M parameters, of them '
-        f'{model.quantizable_parameters() / 1e6:.1f}M quantizable\non {processes.world} x '
-        f'{processes.device}, {s.dtype}; ' + (how if fast else f'no int8 products, since {how}'))
+            f'{bits_per_byte(loss, meta):.3f} bits per byte')
 
 def conclude(s, meta, progress, finished):
-    folder = f' --out_dir={shlex.quote(s.out_dir)}'
-    early = f' --exit_layer {max(0, s.n_layer - 2)}' if s.lambda_ee else ''
-    say(f'best: {describe(s, meta, progress["val_loss"])}\n'
-        f'{progress["iter"]} steps in {progress["seconds"] / 60:.1f} minutes; next:\n'
-        f'  python sample.py{folder}{early}\n  python eval_exits.py{folder}' if finished else
-        f'stopped after {progress["iter"]} steps, nothing lost; the same command with '
-        '--init_from=resume goes on')
+    if not finished:
+        return say(f'stopped after {progress["iter"]} steps; --init_from=resume goes on')
+    folder, early = shlex.quote(s.out_dir), f' --exit_layer {max(0, s.n_layer - 2)}'
+    say(f'best: {describe(meta, progress["val_loss"])}\n{progress["iter"]} steps in '
+        f'{progress["seconds"] / 60:.1f} minutes; next:\n  python sample.py --out_dir={folder}'
+        f'{early if s.lambda_ee else ""}\n  python eval_exits.py --out_dir={folder}')
 
 def train(s, saved, Model):
     """The run that these settings describe, from scratch or from a checkpoint. As `main`."""
     processes = Processes(pick_device(s.device))
     s.dtype = pick_dtype(s.dtype, processes.device)  # a resumed run keeps the choice
     if s.gradient_accumulation_steps % processes.world:
-        raise UserError(f'gradient_accumulation_steps={s.gradient_accumulation_steps} must be a '
-                        f'multiple of the number of processes, {processes.world}')
-    # data
+        raise UserError(f'--gradient_accumulation_steps={s.gradient_accumulation_steps} cannot be '
+                        f'dealt out to {processes.world} processes: take a multiple of that')
     data = meta, train_tokens, _ = load_data(s, saved, processes)
     if len(train_tokens) <= s.block_size:
         raise UserError(f'the training text has {len(train_tokens)} tokens, too few for '
                         f'block_size={s.block_size}; take more text or a smaller --block_size')
     s.vocab_size = meta['vocab_size']
-    # model and optimizer
     torch.manual_seed(s.seed)
     model = Model(Model.Config.of(asdict(s))).to(processes.device)
     optimizer = make_optimizer(model, s)
-    # from scratch, from a finished model, or on from where it was
     progress = {'iter': 0, 'last_eval': 0, 'val_loss': math.inf, 'bad_evals': 0, 'seconds': 0.0}
     if s.init_from == 'resume':
         progress = resume(model, optimizer, saved, s, processes.is_main)
@@ -279,8 +255,9 @@ def train(s, saved, Model):
     if s.compile:
         for block in model.blocks:
             block.compile()
-    if processes.is_main:
-        introduce(s, model, processes)
+    millions = model.quantizable_parameters() / 1e6
+    say(f'{s.out_dir}: {s.linear}, {millions:.1f}M quantizable weights, {s.dtype} on '
+        f'{processes.world} x {processes.device} ({int8_support(processes.device.type)[1]})')
     finished = loop(s, model, optimizer, progress, data, processes)
     if processes.is_main:
         conclude(s, meta, progress, finished)
@@ -298,6 +275,7 @@ def loop(s, model, optimizer, progress, data, processes):
     bar = tqdm(total=s.max_iters, initial=progress['iter'], disable=None if main_process else True,
                bar_format='{n}/{total} |{bar:10}| {desc} ETA {remaining}', dynamic_ncols=True)
     clock = time.perf_counter() - progress['seconds']
+    tokens_per_step = s.gradient_accumulation_steps * s.batch_size * s.block_size
     with Interrupts() as interrupts:
         while True:
             # evaluate on the whole validation text, and save
@@ -314,11 +292,10 @@ def loop(s, model, optimizer, progress, data, processes):
                 if main_process:
                     if better:
                         save('ckpt.pt', model, s, meta, progress)
-                    log(s, iter=done, val_loss=loss, val_ppl=perplexity(loss),
-                        best=progress['val_loss'])
+                    log(s, iter=done, val_loss=loss, best=progress['val_loss'])
                     save('last.pt', model, s, meta, progress, optimizer)
                     with tqdm.external_write_mode():
-                        say(f'step {done}: {describe(s, meta, loss)}' + ', not best' * (not better))
+                        say(f'step {done}: {describe(meta, loss)}' + ', not best' * (not better))
             finished = done >= s.max_iters or 0 < s.patience <= progress['bad_evals']
             if finished or processes.any(interrupts.wanted):
                 break
@@ -333,12 +310,10 @@ def loop(s, model, optimizer, progress, data, processes):
             for group in optimizer.param_groups:
                 group['lr'] = get_lr(done, s)
             optimizer.step()
-            seconds = time.perf_counter() - started
-            speed = s.gradient_accumulation_steps * s.batch_size * s.block_size / seconds
+            speed = tokens_per_step / (time.perf_counter() - started)
             progress |= {'iter': done + 1, 'seconds': time.perf_counter() - clock}
             if main_process and progress['iter'] % s.log_interval == 0:
-                log(s, iter=progress['iter'], **losses, lr=get_lr(done, s), grad_norm=norm,
-                    tok_per_s=speed, seconds=progress['seconds'])
+                log(s, **losses, lr=get_lr(done, s), grad_norm=norm, tok_per_s=speed, **progress)
             bar.set_description_str(f'loss {losses["ce"]:.3f} {speed / 1000:.1f}k tok/s', False)
             bar.update()
     bar.close()
@@ -353,8 +328,7 @@ def main(argv, Settings=TrainSettings, Model=BitSkip):
     torch.set_float32_matmul_precision('high')  # TF32, on GPUs that have it
     s, saved = read_settings(argv, Settings)
     if s.n_embd >= 512 and pick_device(s.device).type == 'cpu':
-        say('a model of this size trains for days on a CPU; config/cpu.py shrinks any recipe to '
-            f'minutes:\n  python train.py {shlex.join(argv)} config/cpu.py')
+        say('a model of this size trains for days on a CPU; add config/cpu.py to train for minutes')
     is_main = os.environ.get('RANK', '0') == '0'
     with exclusive(s.out_dir, wait=False) if is_main else nullcontext(True) as mine:
         if not mine:

@@ -3,12 +3,13 @@ import torch
 
 
 def fwht(x):
-    """The orthonormal Walsh-Hadamard transform of the last dimension: x (..., n) -> (..., n), n = 2^m, same dtype.
+    """The orthonormal Walsh-Hadamard transform of the last dimension: x (..., n) -> (..., n), the
+    same dtype, n = 2^m.
 
         H_0 = (1),    H_m = 1/sqrt(2) [[H_{m-1},  H_{m-1}],
                                        [H_{m-1}, -H_{m-1}]]
 
-    By sums and differences alone, in m rounds of n additions: no matrix, no product of matrices."""
+    By sums and differences alone, in m rounds of n additions. There is no matrix."""
     raise NotImplementedError
 
 

@@ -1,11 +1,14 @@
-"""3. Integer activations, one scale per token (A2)."""
+"""3. Integer activations, one scale a token (A2)."""
 import torch
 
 
 def activation_quant(x, bits):
-    """A2: x (..., k) -> codes (..., k) int8, and the step of each token, (..., 1), so that codes * step is x^.
+    """A2: x (..., k) -> codes (..., k) int8, and the step of each token, (..., 1): codes * step is
+    x^.
 
-        s = max|x|,  q = 2^(b-1) - 1,    x^ = clip(round(x q / s), -q-1, q) s / q"""
+        s = max|x|,  q = 2^(b-1) - 1,    x^ = clip(round(x q / s), -q-1, q) s / q
+
+    A token of zeros has codes 0, not NaN."""
     raise NotImplementedError
 
 

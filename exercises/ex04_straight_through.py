@@ -1,12 +1,16 @@
 """4. The straight-through estimator (A1)."""
+import sys
+
 import torch
 import torch.nn.functional as F
 
+sys.path.append(__file__.rpartition('exercises')[0])  # this file runs by itself, too
 from quant import weight_ternary
 
 
 def ternary_ste(w):
-    """W^ of A1 going forward, the identity going back: (out, in) -> (out, in), with dL/dw := dL/dW^, all of it.
+    """W^ of A1 going forward, the identity going back: (out, in) -> (out, in), with
+    dL/dw := dL/dW^, all of it.
 
     `weight_ternary` is yours to use (exercise 2)."""
     raise NotImplementedError
@@ -19,9 +23,11 @@ def ternary_plain(w):
 
 
 def fit(quantize, steps=300):
-    """Teach a matrix W to do, with quantize(W), what a ternary one does. Losses before, after, after with W itself."""
+    """Teach a matrix W to do, with quantize(W), what a ternary one does. Losses before, after, and
+    after with W itself."""
     generator = torch.Generator().manual_seed(0)
-    teacher, w, x = (torch.randn(shape, generator=generator) for shape in ((32, 32), (32, 32), (256, 32)))
+    teacher, w, x = (torch.randn(shape, generator=generator)
+                     for shape in ((32, 32), (32, 32), (256, 32)))
     codes, scale = weight_ternary(teacher)
     y = F.linear(x, codes * scale)
 

@@ -1,8 +1,10 @@
 """5. Five trits in a byte."""
 import math
+import sys
 
 import torch
 
+sys.path.append(__file__.rpartition('exercises')[0])  # this file runs by itself, too
 from quant import weight_ternary
 
 
@@ -21,12 +23,14 @@ def unpack(packed, k):
 
 
 def observe():
-    codes, _ = weight_ternary(torch.randn(512, 2048, generator=torch.Generator().manual_seed(0)))
+    w = torch.randn(512, 2048, generator=torch.Generator().manual_seed(0))
+    codes, _ = weight_ternary(w)
     shares = [(codes == c).double().mean().item() for c in (-1, 0, 1)]
     entropy = -sum(share * math.log2(share) for share in shares)
-    print(f'{8 * pack(codes).numel() / codes.numel():.4f} bits a weight; log2(3) = {math.log2(3):.4f}; '
-          f'entropy of these codes {entropy:.4f}')
-    print(f"Paper A's 34,603,008 weights: {34603008 * 4 / 1e6:.1f} MB in float32, {34603008 / 5 / 1e6:.1f} MB packed")
+    print(f'{8 * pack(codes).numel() / codes.numel():.4f} bits a weight; '
+          f'log2(3) = {math.log2(3):.4f}; entropy of these codes {entropy:.4f}')
+    n = 34_603_008
+    print(f"Paper A's {n:,} weights: {n * 4 / 1e6:.1f} MB in float32, {n / 5 / 1e6:.1f} MB packed")
 
 
 if __name__ == '__main__':

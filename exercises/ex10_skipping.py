@@ -3,7 +3,8 @@ import torch
 
 
 def skip_probabilities(n_layer, p_max):
-    """A5: p_l = p_max (l / (L-1))^2 for each block, a list of L floats. The last block is never skipped."""
+    """A5: p_l = p_max (l / (L-1))^2 for each block, a list of L floats. The last block is never
+    skipped."""
     raise NotImplementedError
 
 
@@ -15,8 +16,8 @@ def saved_share(n_layer, p_max):
 def run_block(block, h, p):
     """B1: h (B, T, C) through a block in training -> (B, T, C).
 
-    Each sample by itself skips the block with probability p, passes through unchanged, and costs nothing: the block
-    sees the other samples only (and is not called at all if there are none)."""
+    Each sample by itself skips the block with probability p, passes through unchanged, and costs
+    nothing: the block sees the other samples only (and is not called at all if there are none)."""
     raise NotImplementedError
 
 

@@ -3,7 +3,8 @@ import torch
 
 
 def expected_exit_layer(p):
-    """A9: p (..., L-1), the chance to leave at layers 0 ... L-2 for who gets there -> the mean layer of leaving, (...).
+    """A9: p (..., L-1), the chance to leave at layers 0 ... L-2 for who gets there -> the mean
+    layer of leaving, (...).
 
         E = sum_l l p_l prod_{j<l} (1 - p_j),    and who never left leaves at the last layer, L-1
 

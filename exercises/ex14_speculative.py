@@ -4,18 +4,21 @@ import torch.nn.functional as F
 
 
 def accept_probability(p, q):
-    """An exit has drafted a token x ~ q, the whole model says p, both (..., V). The chance to accept x: (..., V)."""
+    """An exit has drafted a token x ~ q, the whole model says p, both (..., V). The chance to
+    accept x: (..., V)."""
     raise NotImplementedError
 
 
 def residual(p, q):
-    """The distribution to draw from after a rejection, (..., V), such that in the end the token is exactly ~ p != q."""
+    """The distribution to draw from after a rejection, (..., V), such that in the end the token is
+    exactly ~ p. (p is not q.)"""
     raise NotImplementedError
 
 
 def n_accepted(draft, target):
-    """Greedy decoding: draft (k,) int64 was proposed, target (k,) is what the model itself would have said at each of
-    these places, given the draft before it. How many drafted tokens stand: an int."""
+    """Greedy decoding: draft (k,) int64 was proposed, target (k,) is what the model itself would
+    have said at each of these places, given the draft before it. How many drafted tokens stand: an
+    int."""
     raise NotImplementedError
 
 
@@ -33,8 +36,10 @@ def observe():
         return (tokens.bincount(minlength=50) / len(tokens) - p).abs().sum() / 2
     a = accepted.float().mean().item()
     print(f'accepted: {a:.3f}, and sum of min(p, q) is {torch.minimum(p, q).sum():.3f}')
-    print(f'total variation from p: {distance(drafted):.3f} as drafted, {distance(tokens):.3f} after the rule')
-    print(f'a draft of 4 yields {(1 - a ** 5) / (1 - a):.2f} tokens for one pass of the whole model')
+    print(f'total variation from p: {distance(drafted):.3f} as drafted, '
+          f'{distance(tokens):.3f} after the rule')
+    print(f'a draft of 4 yields {(1 - a ** 5) / (1 - a):.2f} tokens for one pass of the whole '
+          f'model')
 
 
 if __name__ == '__main__':

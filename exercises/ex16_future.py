@@ -1,10 +1,12 @@
-"""16. Break the causal mask, and explain PPL 1.13."""
+"""16. Break the causal mask: what would PPL 1.13 take?"""
 import math
+import sys
 from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
 
+sys.path.append(__file__.rpartition('exercises')[0])  # this file runs by itself, too
 from model import BitSkip, BitSkipConfig
 
 
@@ -18,18 +20,19 @@ def attention(q, k, v, causal):
 def sees_the_future(model, idx):
     """The gate: whether a later token changes an earlier logit, by any amount, anywhere: a bool.
 
-    model: idx (B, T) int64 of tokens below 16 -> logits (B, T, V). For each t, change token t (to another one), and
-    compare all logits before t, bit by bit."""
+    model: idx (B, T) int64 of tokens below 16 -> logits (B, T, V). For each t, change token t (to
+    another one), and compare all logits before t, bit by bit."""
     raise NotImplementedError
 
 
 def train_on_noise(causal, steps, V=16, T=16):
-    """A small model on fresh random tokens at every step; its loss on more of them, and whether it sees the future."""
+    """A small model on fresh random tokens at every step: its loss on more of them, and whether it
+    sees the future."""
     def attend(q, k, v, **options):
         return attention(q, k, v, causal)
     torch.manual_seed(0)
-    model = BitSkip(BitSkipConfig(vocab_size=V, block_size=T, n_layer=2, n_head=2, n_kv_head=2, n_embd=64, ffn_dim=128,
-                                  linear='fp', gate_dim=0))
+    model = BitSkip(BitSkipConfig(vocab_size=V, block_size=T, n_layer=2, n_head=2, n_kv_head=2,
+                                  n_embd=64, ffn_dim=128, linear='fp', gate_dim=0))
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
     with patch.object(F, 'scaled_dot_product_attention', attend):
         for _ in range(steps):
@@ -41,14 +44,15 @@ def train_on_noise(causal, steps, V=16, T=16):
         text = torch.randint(V, (4096, T + 1))
         with torch.no_grad():
             loss = model(text[:, :-1], text[:, 1:], return_logits=False)[1]['ce']
-        return loss.item(), sees_the_future(lambda idx: model(idx)[0], text[:8, :-1])
+            return loss.item(), sees_the_future(lambda idx: model(idx)[0], text[:8, :-1])
 
 
 def observe(steps=600):
     for causal in (True, False):
         loss, leaks = train_on_noise(causal, steps)
-        print(f'{"causal mask" if causal else "no mask"}: {loss:.3f} nats, PPL {math.exp(loss):.2f} on noise, where '
-              f'ln V = {math.log(16):.3f}; sees the future: {leaks}')
+        name = 'causal mask' if causal else 'no mask'
+        print(f'{name}: {loss:.3f} nats, PPL {math.exp(loss):.2f} on noise, where ln V = '
+              f'{math.log(16):.3f}; sees the future: {leaks}')
 
 
 if __name__ == '__main__':

@@ -1,32 +1,39 @@
 import torch
-from torch.testing import assert_close
 
+from exercises.hints import Work, same
 from quant import weight_ternary
+
+SCALE = 'alpha is the mean of |W| over the whole matrix'
 
 
 def test_ternary_is_a1(student):
     for power in (-3, 0, 3):
         w = torch.randn(48, 32) * 10.0 ** power
         codes, scale = student.ternary(w)
-        expected_codes, expected_scale = weight_ternary(w)
-        assert torch.equal(codes, expected_codes)
-        assert codes.dtype == torch.int8
-        assert_close(torch.as_tensor(scale), expected_scale)
+        right, alpha = weight_ternary(w)
+        same(scale, alpha, SCALE, (w.abs().max(), SCALE + ', not its maximum'), rtol=1e-4, atol=0)
+        assert codes.dtype == torch.int8, f'the codes are {codes.dtype}, they should be int8'
+        same(codes, right, 'some codes are wrong: W / alpha is rounded to the nearest integer, '
+             'then clipped', (w.sign(), 'this is the sign of W: small weights become 0'))
 
 
 def test_b7_has_the_same_codes(student):
     w = torch.randn(48, 32)
-    assert torch.equal(student.ternary_by_thresholds(w).to(torch.int8), weight_ternary(w)[0])
+    same(student.ternary_by_thresholds(w).to(torch.int8), weight_ternary(w)[0],
+         'other codes than A1 has: from which W / alpha on does rounding give 1?')
 
 
 def test_both_agree_on_the_threshold(student):
-    w = torch.tensor([[0.5, -0.5, 1.5, -1.5]])  # alpha is 1
-    assert student.ternary(w)[0].tolist() == [[0, 0, 1, -1]]
-    assert student.ternary_by_thresholds(w).tolist() == [[0, 0, 1, -1]]
+    w, right = torch.tensor([[0.5, -0.5, 1.5, -1.5]]), torch.tensor([[0, 0, 1, -1]])  # alpha is 1
+    for codes in (student.ternary(w)[0], student.ternary_by_thresholds(w)):
+        same(codes.int(), right.int(), 'a weight that is exactly on the threshold, alpha/2, should '
+             'become 0: torch.round takes ties to the even neighbour')
 
 
 def test_zeros_stay_zeros(student):
     w = torch.zeros(4, 4)
-    codes, scale = student.ternary(w)
-    assert not codes.any() and (codes * scale == 0).all()
-    assert not student.ternary_by_thresholds(w).any()
+    with Work() as work:
+        codes, scale = student.ternary(w)
+    assert not work.nan and not codes.any() and (codes * scale == 0).all(), (
+        'a matrix of zeros has W^ = 0: 0 / 0 is NaN, so alpha needs a least value')
+    assert not student.ternary_by_thresholds(w).any(), 'a matrix of zeros has codes 0'

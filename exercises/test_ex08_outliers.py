@@ -1,6 +1,6 @@
-import pytest
 import torch
 
+from exercises.hints import same
 from hadamard import fwht
 from quant import activation_quant_ste
 
@@ -11,28 +11,38 @@ def heavy_tailed():
     return x
 
 
+def error(student, x, bits, order):
+    return torch.tensor(float(student.quantization_error(x, bits, order)))
+
+
 def test_none_is_the_quantizers_error(student):
     x = torch.randn(4, 256)
-    expected = (activation_quant_ste(x, 4) - x).norm() / x.norm()
-    assert float(student.quantization_error(x, 4, 'none')) == pytest.approx(expected.item(), rel=1e-4)
+    miss = activation_quant_ste(x, 4) - x
+    same(error(student, x, 4, 'none'), miss.norm() / x.norm(), 'without a transform this is |x^ - '
+         'x| / |x|, and x^ = codes * step', (miss.norm(), 'divide by |x|'), rtol=1e-3)
 
 
 def test_before_is_measured_where_x_lives(student):
     for bits in (8, 4):
         x = heavy_tailed()
-        expected = (fwht(activation_quant_ste(fwht(x), bits)) - x).norm() / x.norm()
-        assert float(student.quantization_error(x, bits, 'before')) == pytest.approx(expected.item(), rel=1e-3)
+        right = (fwht(activation_quant_ste(fwht(x), bits)) - x).norm() / x.norm()
+        plain = (activation_quant_ste(x, bits) - x).norm() / x.norm()
+        same(error(student, x, bits, 'before'), right, "'before': x^ is compared with x, so it has "
+             'to be turned back, by the same H', (plain, "'before' does as well as no transform: "
+             'is the transform in front of the quantizer?'), rtol=1e-3)
 
 
 def test_before_helps_at_any_scale(student):
+    x = heavy_tailed()
     for scale in (1e-3, 1.0, 1e3):
-        x = heavy_tailed() * scale
-        none, before = (float(student.quantization_error(x, 4, order)) for order in ('none', 'before'))
-        assert 0 < before < 0.7 * none < 1
+        none, before = (error(student, x * scale, 4, order) for order in ('none', 'before'))
+        assert 0 < before < 0.7 * none < 1, 'the transform should help against outliers'
+        same(before, error(student, x, 4, 'before'), f'a share does not depend on the scale of x, '
+             f'{scale}', rtol=1e-2)
 
 
 def test_after_changes_nothing(student):
-    """H is orthonormal: it turns the error, and leaves its length. What the quantizer lost is lost."""
+    """H is orthonormal: it turns the error, and leaves its length. What is lost is lost."""
     x = heavy_tailed()
-    none, after = (float(student.quantization_error(x, 4, order)) for order in ('none', 'after'))
-    assert after == pytest.approx(none, rel=1e-3)
+    same(error(student, x, 4, 'after'), error(student, x, 4, 'none'), "'after' the quantizer has "
+         'done its damage: H turns the error, and turns it back', rtol=1e-3)

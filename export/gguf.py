@@ -5,13 +5,11 @@ A trained model as GGUF, the file format of llama.cpp: for the recipes that llam
     python -m export.gguf --type=TQ1_0       fewer bits, slower to unpack; F16 multiplies in floats
     python -m export.gguf --exit_layer=3     an exit is a file with fewer blocks: 0 to 3, norm, head
 
-llama.cpp has no Hadamard transform and no SubLN (README.md says what that would take). What it
-calls arcee is our architecture without them: RMSNorm, rotary positions, grouped queries, a
-squared-ReLU FFN of two matrices, a head of its own. config/arcee.py trains that.
+llama.cpp has no Hadamard transform and no SubLN (README.md says what they would take). What it
+calls arcee is our architecture without them, in RMSNorm. config/arcee.py trains that.
 
-A GGUF file, little-endian throughout:
+A GGUF file is "GGUF", version 3, the numbers of tensors and settings (all little-endian), and
 
-    "GGUF", version 3, number of tensors, number of settings
     settings    key, type, value                             width, depth, ..., the tokenizer
     tensors     name, shape (columns first), type, offset
     data        each tensor from a multiple of 32 bytes on
@@ -33,9 +31,9 @@ in all blocks. With digits d = c + 1 in {0, 1, 2}:
 A byte b of TQ1_0 is the binary fraction b/256: n/243, rounded up. 3b carries the first digit into
 bit 8, and its low 8 bits are the next fraction. So unpacking needs no division.
 
-What differs from model.py: alpha is rounded to float16, head and embedding to Q8_0 (beside ternary
-weights) or float16. llama.cpp quantizes activations with one scale per 256 values, where A2 has one
-per token, and for F16 weights not at all. README.md has what that comes to.
+What differs from model.py: alpha is a float16, head and embedding are Q8_0 (or F16). llama.cpp
+quantizes activations with a scale per 256 values, where A2 has one per token, and for F16 not at
+all. README.md has what that comes to.
 """
 import os
 import struct
@@ -44,9 +42,10 @@ from typing import Literal
 
 import torch
 
-from common import atomic_write, find_run, require_suffix
+from checkpoint import find_run, open_model
+from common import atomic_write, require_suffix
 from configurator import UserError, configure, run
-from model import BitSkip, open_model
+from model import BitSkip
 from prepare import get_tokenizer
 from quant import BitLinear, activation_quant
 
@@ -66,8 +65,7 @@ class ExportSettings:
     exit_layer: int | None = None  # write blocks 0 to exit_layer only; none: all
 
 
-# --------------------------------------------------------------------------------------------------
-# tensors as bytes: codes (out, k) int8 and their scale, or floats -> (out, bytes of a row) uint8
+# ---- tensors as bytes: codes (out, k) int8 and their scale, or floats -> (out, bytes) uint8 ----
 
 def tq2_0(codes, scale):
     digits = (codes + 1).unflatten(-1, (-1, 2, 4, 32)).to(torch.uint8)  # (out, blocks, half, 4, 32)
@@ -96,14 +94,14 @@ def q8_0(w):
     return torch.cat([scale.half().view(torch.uint8), codes.view(torch.uint8)], dim=-1).flatten(1)
 
 
-def f16(codes, scale=1.0):
-    return (codes * scale).half().view(torch.uint8)
+def f16(w, scale=1.0):
+    return (w * scale).half().view(torch.uint8)
 
 
 def tensors(model, type, last):
     """Name, type, shape and bytes of each tensor of blocks 0 ... last and around them. The final
     norm comes with any number of blocks: exits read h_l under it, too."""
-    def projection(name, layer, heads=None):
+    def projection(name, layer, heads):
         codes, scale = layer.ternary() if isinstance(layer, BitLinear) else (layer.weight, 1.0)
         if heads:
             codes = neighbours(codes, heads)
@@ -113,20 +111,20 @@ def tensors(model, type, last):
     def table(name, w):
         return (name, 'F16', w.shape, f16(w)) if type == 'F16' else (name, 'Q8_0', w.shape, q8_0(w))
 
-    def norm(name, module):
-        return name, 'F32', module.weight.shape, module.weight.float().view(torch.uint8)
+    def norm(name, w):
+        return name, 'F32', w.shape, w.float().view(torch.uint8)
 
     yield table('token_embd.weight', model.embedding.weight)
     for i, block in enumerate(model.blocks[:last + 1]):
-        yield norm(f'blk.{i}.attn_norm.weight', block.attn_norm)
-        yield projection(f'blk.{i}.attn_q.weight', block.attn.q, model.config.n_head)
-        yield projection(f'blk.{i}.attn_k.weight', block.attn.k, model.config.n_kv_head)
-        yield projection(f'blk.{i}.attn_v.weight', block.attn.v)
-        yield projection(f'blk.{i}.attn_output.weight', block.attn.o)
-        yield norm(f'blk.{i}.ffn_norm.weight', block.ffn_norm)
-        yield projection(f'blk.{i}.ffn_up.weight', block.ffn.up)
-        yield projection(f'blk.{i}.ffn_down.weight', block.ffn.down)
-    yield norm('output_norm.weight', model.norm)
+        attn, ffn, c = block.attn, block.ffn, model.config
+        yield norm(f'blk.{i}.attn_norm.weight', block.attn_norm.weight)
+        yield norm(f'blk.{i}.ffn_norm.weight', block.ffn_norm.weight)
+        for name, layer, heads in (
+                ('attn_q', attn.q, c.n_head), ('attn_k', attn.k, c.n_kv_head),
+                ('attn_v', attn.v, 0), ('attn_output', attn.o, 0),
+                ('ffn_up', ffn.up, 0), ('ffn_down', ffn.down, 0)):
+            yield projection(f'blk.{i}.{name}.weight', layer, heads)
+    yield norm('output_norm.weight', model.norm.weight)
     yield table('output.weight', model.head.weight)
 
 
@@ -136,27 +134,19 @@ def neighbours(w, heads):
     return w.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
 
 
-# --------------------------------------------------------------------------------------------------
-# settings
+# ---- settings ----
 
 def metadata(model, tokenizer, name, type, last):
-    config = model.config
-    return {
-        'general.architecture': 'arcee',
-        'general.name': name,
-        'general.file_type': FILE_TYPES[type],
-        'general.quantization_version': 2,
-        'arcee.vocab_size': config.vocab_size,
-        'arcee.context_length': config.block_size,
-        'arcee.embedding_length': config.n_embd,
-        'arcee.block_count': last + 1,
-        'arcee.feed_forward_length': config.ffn_dim,
-        'arcee.attention.head_count': config.n_head,
-        'arcee.attention.head_count_kv': config.n_kv_head,
-        'arcee.attention.layer_norm_rms_epsilon': model.norm.eps,
-        'arcee.rope.dimension_count': config.n_embd // config.n_head,
-        'arcee.rope.freq_base': config.rope_theta,
-        **vocabulary(tokenizer)}
+    c = model.config
+    arcee = {
+        'vocab_size': c.vocab_size, 'context_length': c.block_size, 'embedding_length': c.n_embd,
+        'block_count': last + 1, 'feed_forward_length': c.ffn_dim, 'attention.head_count': c.n_head,
+        'attention.head_count_kv': c.n_kv_head, 'rope.freq_base': c.rope_theta,
+        'attention.layer_norm_rms_epsilon': model.norm.eps,
+        'rope.dimension_count': c.n_embd // c.n_head}
+    return {'general.architecture': 'arcee', 'general.name': name,
+            'general.file_type': FILE_TYPES[type], 'general.quantization_version': 2,
+            **{f'arcee.{key}': value for key, value in arcee.items()}, **vocabulary(tokenizer)}
 
 
 def vocabulary(tokenizer):
@@ -164,15 +154,13 @@ def vocabulary(tokenizer):
     spell, tokens = spelling(tokenizer)
     rank = {token: i for i, token in enumerate(tokens) if i != tokenizer.eot}
     merges = [' '.join(map(spell, last_merge(token, rank))) for token in rank if len(token) > 1]
-    return {
-        'tokenizer.ggml.model': 'gpt2',
-        'tokenizer.ggml.pre': 'gpt-2',  # the pattern that cuts text into words
-        'tokenizer.ggml.tokens': [spell(t) if t in rank else '<|endoftext|>' for t in tokens],
-        'tokenizer.ggml.token_type': [1 if t in rank else 3 for t in tokens],  # normal, control
-        'tokenizer.ggml.merges': merges,
-        'tokenizer.ggml.bos_token_id': tokenizer.eot,
-        'tokenizer.ggml.eos_token_id': tokenizer.eot,
-        'tokenizer.ggml.add_bos_token': False}
+    settings = {
+        'model': 'gpt2', 'pre': 'gpt-2',  # the pattern that cuts text into words
+        'tokens': [spell(t) if t in rank else '<|endoftext|>' for t in tokens],
+        'token_type': [1 if t in rank else 3 for t in tokens],  # normal, control
+        'merges': merges, 'add_bos_token': False,
+        'bos_token_id': tokenizer.eot, 'eos_token_id': tokenizer.eot}
+    return {f'tokenizer.ggml.{key}': value for key, value in settings.items()}
 
 
 def spelling(tokenizer):
@@ -189,14 +177,13 @@ def last_merge(token, ranks):
     """The two parts that BPE makes `token` (bytes) of, in the end."""
     parts = [bytes([b]) for b in token]
     while len(parts) > 2:
-        i = min(range(len(parts) - 1),
-                key=lambda i: ranks.get(parts[i] + parts[i + 1], len(ranks)))
+        pairs = [ranks.get(a + b, len(ranks)) for a, b in zip(parts, parts[1:])]
+        i = pairs.index(min(pairs))
         parts[i:i + 2] = [parts[i] + parts[i + 1]]
     return parts
 
 
-# --------------------------------------------------------------------------------------------------
-# the file
+# ---- the file ----
 
 def write_gguf(file, settings, tensors):
     """settings: a dict; tensors: a list of (name, type, shape, uint8 tensor), as above."""
@@ -230,39 +217,32 @@ def typed(value):
     return struct.pack(f'<I{code}', number, value)
 
 
-# --------------------------------------------------------------------------------------------------
-# the script
+# ---- the script ----
 
-def require_arcee(model, last):
-    """UserError if arcee cannot express blocks 0 ... last of this model."""
-    config = model.config
-    unfit = [f'{name}={getattr(config, name)!r}' for name, fits in ARCEE.items()
-             if getattr(config, name) not in fits]
-    if unfit or type(model) is not BitSkip:
-        what = ', '.join(unfit) or f'the changes of {type(model).__name__}'
-        raise UserError(f'arcee, which llama.cpp and transformers know, has no {what}; a model '
-                        'trained with config/arcee.py is one')
-    if config.exit_norm == 'none' and last < config.n_layer - 1:
-        raise UserError("exits of this model read h_l without the final norm (exit_norm='none'), "
-                        'which arcee always applies; leave out --exit_layer')
-
-
-def require_type(config, type):
-    """UserError if tensors of this type cannot hold the model's weights."""
-    if type != 'F16' and config.linear == 'fp':
-        raise UserError(f"a full-precision model (linear='fp') has no ternary weights for {type}; "
-                        'write it with --type=F16')
-    if type != 'F16' and (config.n_embd % BLOCK or config.ffn_dim % BLOCK):
-        raise UserError(f'{type} has blocks of {BLOCK} weights, so n_embd={config.n_embd} and '
-                        f'ffn_dim={config.ffn_dim} must be multiples of it; --type=F16 takes any')
-
-
-def exit_of(model, exit_layer):
-    """The last block of a model to write, for a flag --exit_layer."""
+def require_arcee(model, exit_layer=None, type='F16'):
+    """The last block to write. UserError if arcee cannot express the blocks up to it, or tensors of
+    this type their weights."""
+    c = model.config
     try:
-        return model.require_layer(exit_layer)
+        last = model.require_layer(exit_layer)
     except ValueError as error:
         raise UserError(str(error)) from None
+    unfit = [f'{name}={getattr(c, name)!r}' for name, fits in ARCEE.items()
+             if getattr(c, name) not in fits]
+    if unfit or model.__class__ is not BitSkip:
+        what = ', '.join(unfit) or f'the changes of {model.__class__.__name__}'
+        raise UserError(f'arcee, which llama.cpp and transformers know, has no {what}; a model '
+                        'trained with config/arcee.py is one')
+    if c.exit_norm == 'none' and last < c.n_layer - 1:
+        raise UserError("exits of this model read h_l without the final norm (exit_norm='none'), "
+                        'which arcee always applies; leave out --exit_layer')
+    if type != 'F16' and c.linear == 'fp':
+        raise UserError(f"a full-precision model (linear='fp') has no ternary weights for {type}; "
+                        'write it with --type=F16')
+    if type != 'F16' and (c.n_embd % BLOCK or c.ffn_dim % BLOCK):
+        raise UserError(f'{type} has blocks of {BLOCK} weights, so n_embd={c.n_embd} and '
+                        f'ffn_dim={c.ffn_dim} must be multiples of it; --type=F16 takes any')
+    return last
 
 
 @torch.no_grad()
@@ -271,9 +251,7 @@ def main(argv):
     require_suffix('--gguf', s.gguf, '.gguf')
     out_dir = find_run(s.out_dir)
     model, settings = open_model(os.path.join(out_dir, 'ckpt.pt'))
-    last = exit_of(model, s.exit_layer)
-    require_arcee(model, last)
-    require_type(model.config, s.type)
+    last = require_arcee(model, s.exit_layer, s.type)
     tokenizer = get_tokenizer(settings['meta']['tokenizer'])
     path, name = os.path.join(out_dir, s.gguf), os.path.basename(os.path.abspath(out_dir))
     with atomic_write(path) as file:

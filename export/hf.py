@@ -29,12 +29,13 @@ from typing import Literal
 
 import torch
 
-from common import find_run, keep_freed_memory
+from checkpoint import find_run, open_model
+from common import keep_freed_memory
 from configurator import UserError, configure, run
 from eval_exits import bits_per_byte, evaluate, measure_speed, perplexity
-from export.gguf import exit_of, last_merge, require_arcee, spelling
+from export.gguf import last_merge, require_arcee, spelling
 from fast.packed import to_ternary
-from model import BitSkip, open_model
+from model import BitSkip
 from prepare import HUB, data_of, get_tokenizer
 
 ROOT, CODE = Path(__file__).resolve().parent.parent, 'modeling_bitskip'
@@ -72,13 +73,11 @@ def main(argv):
     if os.path.lexists(hf_dir):
         raise UserError(f'{hf_dir} is there already; move it away, or name another: --hf_dir=...')
     model, settings = open_model(os.path.join(out_dir, 'ckpt.pt'))
-    last = exit_of(model, s.exit_layer)
     if s.kind == 'arcee':
-        require_arcee(model, last)
+        last = require_arcee(model, s.exit_layer)
     else:
-        model = exportable(model, s.weights)
-    tokenizer = get_tokenizer(settings['meta']['tokenizer'])
-    exits, facts = measure_exits(model, settings, last)
+        model, last = exportable(model, s.weights), model.config.n_layer - 1
+    tokenizer, facts = get_tokenizer(settings['meta']['tokenizer']), measure(model, settings, last)
     with atomic_folder(hf_dir) as folder:
         if s.kind == 'arcee':
             write_arcee(folder, model, last, tokenizer.eot)
@@ -90,10 +89,10 @@ def main(argv):
         file = Path(folder, 'tokenizer_config.json')  # transformers 4 does not know the newer name
         file.write_text(file.read_text().replace('TokenizersBackend', 'PreTrainedTokenizerFast'))
         shutil.copy(ROOT / 'LICENSE', folder)
-        text = model_card(s.name or os.path.basename(hf_dir), s, model, settings, exits, facts)
+        text = model_card(s.name or os.path.basename(hf_dir), s, model, settings, facts)
         Path(folder, 'README.md').write_text(text, encoding='utf-8')
     size = sum(file.stat().st_size for file in Path(hf_dir).iterdir())
-    print(f'{hf_dir}: {size / 1e6:.2f} MB, {facts["split"]} PPL {exits[-1]["ppl"]:.4f}')
+    print(f'{hf_dir}: {size / 1e6:.2f} MB, {facts["split"]} PPL {facts["exits"][-1]["ppl"]:.4f}')
 
 
 def exportable(model, weights):
@@ -106,7 +105,7 @@ def exportable(model, weights):
     try:
         return to_ternary(model) if weights == 'packed' else model
     except ValueError as error:
-        raise UserError(f'this model cannot be packed ({error}); leave out --weights=packed') from None
+        raise UserError(f'it cannot be packed ({error}); leave out --weights=packed') from None
 
 
 @contextlib.contextmanager
@@ -120,14 +119,13 @@ def atomic_folder(path):
         os.rename(aside, path)
     except BaseException as error:
         shutil.rmtree(aside, ignore_errors=True)
-        number = re.search(r'os error (\d+)', str(error))  # libraries in Rust have errors of their own
+        number = re.search(r'os error (\d+)', str(error))  # an error of a library in Rust
         if number and not isinstance(error, OSError):
             raise OSError(int(number[1]), os.strerror(int(number[1])), path) from None
         raise
 
 
-# --------------------------------------------------------------------------------------------------
-# model and code
+# ---- model and code ----
 
 def write_bitskip(folder, model, weights):
     """Weights, config.json and code of a BitSkip that transformers runs with trust_remote_code."""
@@ -168,9 +166,10 @@ def flat_sources(module):
     return files
 
 
-ARCEE = {'^blocks': 'model.layers', 'attn_norm': 'input_layernorm', r'attn\.(.)': r'self_attn.\1_proj',
-         'ffn_norm': 'post_attention_layernorm', r'ffn\.(up|down)': r'mlp.\1_proj',
-         '^embedding': 'model.embed_tokens', '^norm': 'model.norm', '^head': 'lm_head'}
+ARCEE = {  # our names of weights, and transformers'
+    '^blocks': 'model.layers', 'attn_norm': 'input_layernorm', '^embedding': 'model.embed_tokens',
+    'ffn_norm': 'post_attention_layernorm', '^norm': 'model.norm', '^head': 'lm_head',
+    r'attn\.(.)': r'self_attn.\1_proj', r'ffn\.(up|down)': r'mlp.\1_proj'}
 
 
 def write_arcee(folder, model, last, eot):
@@ -219,60 +218,58 @@ def hf_tokenizer(tokenizer, block_size):
         split_special_tokens=True)  # text is taken literally: no text stands for the end of text
 
 
-# --------------------------------------------------------------------------------------------------
-# model card
+# ---- model card ----
 
-def measure_exits(model, settings, last):
-    """Loss, PPL, bits per byte and decoding speed of the exits 0 ... last: a list of dicts, and
-    where they were measured."""
+def measure(model, settings, last):
+    """What the exits 0 ... last are worth, and on what text: a dict."""
     split = 'test' if 'test' in settings['meta']['splits'] else 'val'
     meta, tokens = data_of(settings, split)
-    layers = list(range(last + 1))
+    layers = range(last + 1)
     print(f'measuring {len(layers)} exits on {len(tokens):,} tokens')
     losses, speeds = evaluate(model, tokens, layers), measure_speed(model, layers, tokens)
     exits = [{'blocks': layer + 1, 'ppl': perplexity(loss), 'tok_per_s': speed,
               'bits_per_byte': bits_per_byte(loss, meta, split)}
              for layer, loss, speed in zip(layers, losses, speeds)]
-    return exits, {'split': {'test': 'test', 'val': 'validation'}[split], 'tokens': len(tokens)}
+    return {'exits': exits, 'split': {'val': 'validation'}.get(split, split), 'tokens': len(tokens)}
 
 
-def metadata(name, kind, settings, exits, split):
-    """The YAML on top of a model card: what the hub reads."""
+def hub_data(name, kind, dataset, facts):
+    """What a data set is called, and the YAML on top of a model card, which the hub reads."""
     from huggingface_hub import EvalResult, ModelCardData
-    dataset = settings['dataset']
-    hub, _, config = HUB.get(dataset, '').partition(':')
+    hub, _, config = HUB.get(dataset, dataset).partition(':')
+    if not re.fullmatch(r'[\w.-]+/[\w.-]+', hub) or os.path.exists(hub):  # a path, not the hub's
+        hub, dataset = '', os.path.basename(os.path.normpath(dataset))
+    exits = facts['exits'][::-1]
     results = [EvalResult('text-generation', hub or dataset, dataset, metric, round(e[key], 4),
-                          dataset_config=config or None, dataset_split=split,
+                          dataset_config=config or None, dataset_split=facts['split'],
                           metric_name=f'{words}, {e["blocks"]} of {len(exits)} blocks')
-               for e in reversed(exits) for metric, key, words in (
+               for e in exits for metric, key, words in (
                    ('perplexity', 'ppl', 'Perplexity'), ('speed', 'tok_per_s', 'Tokens/s, CPU'))]
-    return ModelCardData(
+    return dataset, ModelCardData(
         library_name='transformers', pipeline_tag='text-generation', license='mit', model_name=name,
         datasets=[hub] if hub else None, tags=['bitskip', 'ternary', 'early-exit', kind],
         eval_results=results).to_yaml()
 
 
-def model_card(name, s, model, settings, exits, facts):
+def model_card(name, s, model, settings, facts):
     """The README.md of an exported model: card.md, filled in."""
-    def choose(match):
-        return match[2] if match[1] == s.kind else ''
-    template = Path(__file__).with_name('card.md').read_text(encoding='utf-8')
-    template = re.sub(r'(?s)<(bitskip|arcee)>\n?(.*?)</\1>\n?', choose, template)
-    c, n, meta = model.config, len(exits), settings['meta']
-    rows = [f'| {"All layers" if e["blocks"] == n else e["blocks"]} | {e["ppl"]:.4g} '
-            f'| {e["bits_per_byte"]:.3f} | {e["tok_per_s"]:.0f} |' for e in reversed(exits)]
+    template = re.sub(r'(?s)<(bitskip|arcee)>\n?(.*?)</\1>\n?', lambda m: m[2] * (m[1] == s.kind),
+                      Path(__file__).with_name('card.md').read_text(encoding='utf-8'))
+    c, n, meta = model.config, len(facts['exits']), settings['meta']
+    dataset, yaml = hub_data(name, s.kind, settings['dataset'], facts)
     weights = {'latent': 'ternary weights, stored as the latent ones that they are made of',
-               'packed': 'ternary weights at 1.6 bits each, and an int8 head and embedding'}[s.weights]
+               'packed': 'ternary weights at 1.6 bits each, and an int8 head and embedding'}
     quarters = sorted({math.ceil(n * i / 4) for i in (1, 2, 3, 4)})
     return template.format(**vars(c) | facts | {
-        'metadata': f'---\n{metadata(name, s.kind, settings, exits, facts["split"])}\n---',
-        'name': name, 'title': name.rpartition('/')[2], 'tested': TESTED, 'blocks': n,
-        'weights': 'full-precision weights' if c.linear == 'fp' else weights,
-        'half': math.ceil(n / 2), 'quarters': quarters, 'draft': quarters[0],
+        'metadata': f'---\n{yaml}\n---', 'name': name, 'title': name.rpartition('/')[2],
+        'weights': 'full-precision weights' if c.linear == 'fp' else weights[s.weights],
+        'blocks': n, 'half': math.ceil(n / 2), 'quarters': quarters, 'draft': quarters[0],
         'sub_norm': ', SubLN' if c.sub_norm else '', 'tokenizer': meta['tokenizer'],
-        'dataset': settings['dataset'], 'max_iters': settings['max_iters'], 'seed': settings['seed'],
-        'train_tokens': meta['splits']['train']['tokens'], 'threads': torch.get_num_threads(),
-        'rows': '\n'.join(rows)})
+        'dataset': dataset, 'max_iters': settings['max_iters'], 'seed': settings['seed'],
+        'train_tokens': meta['splits']['train']['tokens'], 'tested': TESTED,
+        'threads': torch.get_num_threads(), 'rows': '\n'.join(
+            f'| {"All layers" if e["blocks"] == n else e["blocks"]} | {e["ppl"]:.4g} '
+            f'| {e["bits_per_byte"]:.3f} | {e["tok_per_s"]:.0f} |' for e in facts['exits'][::-1])})
 
 
 if __name__ == '__main__':

@@ -1,6 +1,5 @@
 """
-BitSkip as a model of Hugging Face's transformers. export/hf.py writes a folder with a trained model,
-this file and those that it imports.
+BitSkip as a model of Hugging Face's transformers. export/hf.py writes a folder with this file.
 
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
     model.set_exit_layer(12)                           # leave after 12 blocks, counted from 1
@@ -16,8 +15,8 @@ from dataclasses import asdict
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from transformers import (DynamicCache, GenerationMixin, PretrainedConfig, PreTrainedModel,
-                          StoppingCriteria)
+from transformers import (DynamicCache, GenerationMixin, MaxLengthCriteria, PretrainedConfig,
+                          PreTrainedModel)
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
@@ -52,7 +51,6 @@ class BitSkipForCausalLM(PreTrainedModel, GenerationMixin):
     base_model_prefix = 'model'
     supports_gradient_checkpointing = True
     _supports_sdpa = True
-    _input_embed_layer = 'embedding'
     _no_split_modules = ['Block']
 
     def __init__(self, config, model=None):
@@ -79,6 +77,12 @@ class BitSkipForCausalLM(PreTrainedModel, GenerationMixin):
         if self.config.weights == 'packed':
             kwargs.setdefault('state_dict', packed_state(self))
         super().save_pretrained(folder, *args, **kwargs)
+
+    def get_input_embeddings(self):
+        return self.model.embedding
+
+    def set_input_embeddings(self, embedding):
+        self.model.embedding = embedding
 
     def get_output_embeddings(self):
         return self.model.head
@@ -108,10 +112,9 @@ class BitSkipForCausalLM(PreTrainedModel, GenerationMixin):
             require_blocks('assistant_early_exit', draft, blocks)
             if kwargs.get('exit_mode') is not None:
                 raise ValueError('assistant_early_exit checks with all blocks; leave out exit_mode')
-        room, embeds = self.config.block_size, kwargs.get('inputs_embeds')
-        if embeds is not None and inputs is None and kwargs.get('input_ids') is None:
-            room -= embeds.shape[1]  # only the tokens behind them are counted
-        stops = [*(stopping_criteria or []), TextIsFull(room)]
+        embeds, ids = kwargs.get('inputs_embeds'), kwargs.get('input_ids', inputs)
+        unseen = 0 if embeds is None or ids is not None else embeds.shape[1]  # not in the text
+        stops = [*(stopping_criteria or []), TextIsFull(self.config.block_size - unseen)]
         try:
             return super().generate(inputs, generation_config, logits_processor, stops, **kwargs)
         finally:
@@ -127,10 +130,9 @@ class BitSkipForCausalLM(PreTrainedModel, GenerationMixin):
         return attention_mask  # `visible` makes it, for a static cache as well
 
     @can_return_tuple
-    def forward(self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None,
-                inputs_embeds=None, labels=None, use_cache=False, output_attentions=None,
-                output_hidden_states=None, logits_to_keep=0, cache=None, exit_mode=None,
-                exit_threshold=0.5):
+    def forward(self, input_ids=None, attention_mask=None, past_key_values=None, inputs_embeds=None,
+                labels=None, use_cache=False, output_attentions=None, output_hidden_states=None,
+                logits_to_keep=0, cache=None, exit_mode=None, exit_threshold=0.5):
         """Logits (B, T, V) of input_ids (B, T) int64 at the exit in use.
 
         attention_mask (B, S): 1 for tokens, 0 for padding at an end of a row; S counts the cache,
@@ -138,16 +140,17 @@ class BitSkipForCausalLM(PreTrainedModel, GenerationMixin):
         mean cross-entropy, shifted here. hidden_states: embeddings, then what each block leaves; in
         place of the last, what the head reads. logits_to_keep: how many of the last tokens, or
         which. ValueError on what the model cannot do."""
-        cache, model = past_key_values if cache is None else cache, self.model
-        hidden, weights = (getattr(self.config, f'output_{name}') if value is None else value for
-                           name, value in (('hidden_states', output_hidden_states),
-                                           ('attentions', output_attentions)))
+        c, model, cache = self.config, self.model, past_key_values if cache is None else cache
+        hidden = c.output_hidden_states if output_hidden_states is None else output_hidden_states
+        weights = c.output_attentions if output_attentions is None else output_attentions
         keep = slice(-logits_to_keep, None) if type(logits_to_keep) is int else logits_to_keep
+        again = self.training and self.gradient_checkpointing  # blocks run in the backward pass
+        run = self._gradient_checkpointing_func if again else lambda block, *inputs: block(*inputs)
         for wrong, what in (
                 ((input_ids is None) == (inputs_embeds is None), 'give input_ids or inputs_embeds'),
                 (weights, 'output_attentions: attention is one call here, which keeps no weights'),
                 (labels is not None and keep != slice(0, None), 'a loss needs logits_to_keep=0'),
-                (use_cache and self.checkpointing, 'gradient checkpointing needs use_cache=False'),
+                (use_cache and again, 'gradient checkpointing needs use_cache=False'),
                 (exit_mode and not use_cache, 'exit_mode needs use_cache=True')):
             if wrong:
                 raise ValueError(what)
@@ -156,29 +159,20 @@ class BitSkipForCausalLM(PreTrainedModel, GenerationMixin):
         start = 0 if cache is None else int(cache.get_seq_length())
         h = model.embed(input_ids, start) if inputs_embeds is None else model.dropout(inputs_embeds)
         states, T = [h.to(self.dtype)], h.shape[1]  # (int8 rows are float32)
-        mask, rope = visible(attention_mask, start, T), self.rope(position_ids, start, T)
+        mask, rope = visible(attention_mask, start, T), model.rope(start, T)
         pasts = [None if cache is None and mask is None else Past(layer, start, mask, cache)
-                 for layer in range(self.config.num_hidden_layers)]
+                 for layer in range(c.num_hidden_layers)]
         if exit_mode and start and T == 1:
             states = [self.leave_early(states[0], rope, pasts, exit_mode, exit_threshold)]
         else:
             for block, past in zip(model.blocks, pasts):
-                states.append(self.run(block, states[-1], rope, past))
+                states.append(run(block.__call__, states[-1], rope, past))
             states[-1] = model.exit_state(states[-1], len(pasts) - 1)
         logits = model.head(states[-1][:, keep])
         loss = None if labels is None else F.cross_entropy(
             logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
         return CausalLMOutputWithPast(loss, logits, hidden_states=tuple(states) if hidden else None,
                                       **{CACHE: cache if use_cache else None})
-
-    @property
-    def checkpointing(self):
-        return self.gradient_checkpointing and self.training
-
-    def run(self, block, h, rope, past):
-        if self.checkpointing:
-            return self._gradient_checkpointing_func(block.__call__, h, rope, past)
-        return block(h, rope, past)
 
     def leave_early(self, h, rope, pasts, mode, threshold):
         """decode.step_with_exits with transformers' cache: h (B, 1, C) -> what the head reads.
@@ -196,13 +190,6 @@ class BitSkipForCausalLM(PreTrainedModel, GenerationMixin):
                 score = exit_score(self.model, h, before, layer, mode)  # (B, 1)
                 inside = inside & (score <= threshold)[..., None]
         return read
-
-    def rope(self, position_ids, start, T):
-        """RoPE's cos and sin: (T, D/2), or (B, 1, T, D/2) for positions (B, T) of the caller's."""
-        if position_ids is None:
-            return self.model.rope(start, T)
-        table = self.model.rope(0, int(position_ids.max()) + 1)
-        return tuple(part[position_ids].unsqueeze(-3) for part in table)
 
 
 class LinearBitLinear(BitLinear, nn.Linear):
@@ -230,15 +217,8 @@ class Past(LayerCache):
         return stop
 
 
-class TextIsFull(StoppingCriteria):
-    """Ends a text of `room` tokens."""
-
-    def __init__(self, room):
-        self.room = room
-
-    def __call__(self, input_ids, scores, **kwargs):
-        full = input_ids.shape[1] >= self.room
-        return torch.full((len(input_ids),), full, device=input_ids.device)
+class TextIsFull(MaxLengthCriteria):
+    """Stands beside the criterion of max_length; one of the same class would replace it."""
 
 
 def require_blocks(name, n_blocks, most):

@@ -10,11 +10,11 @@ Prints both sizes, and the PPL before and after: what the int8 head costs. The c
 import os
 from dataclasses import dataclass
 
-from common import find_run, keep_freed_memory, load_checkpoint, save_checkpoint
+from checkpoint import find_run, load_checkpoint, open_model, save_checkpoint
+from common import keep_freed_memory
 from configurator import UserError, configure, run
 from eval_exits import evaluate, perplexity
 from fast.packed import packed_state, to_ternary
-from model import open_model
 from prepare import data_of
 
 

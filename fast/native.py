@@ -18,6 +18,7 @@ import contextlib
 import ctypes
 import functools
 import hashlib
+import math
 import os
 import pathlib
 import platform
@@ -32,13 +33,14 @@ import torch.nn.functional as F
 
 from common import atomic_write
 from decode import EXIT_MODES, require_exits
-from fast.packed import to_ternary
+from fast.packed import Int8Head, to_ternary
 from quant import BitLinear, HBitLinear
 
 SOURCE = pathlib.Path(__file__).with_name('native.c')
 FLAGS = ['-std=gnu11', '-O3', '-shared', '-fPIC', '-pthread', '-ffp-contract=off',
          '-fno-trapping-math']
 ISAS = ('portable C', 'AVX2', 'AVX-512 VNNI')  # by native.c's numbers
+MARGIN = 4.0  # nats: words that much less likely than the likeliest have logits of 4-bit weights
 
 
 # --------------------------------------------------------------------------------------------------
@@ -64,11 +66,11 @@ def library():
         return None, str(error)
     except OSError as error:
         return None, f'native.c compiles, but does not load: {error}'
-    lib.step.argtypes, lib.step.restype = [ctypes.POINTER(CDecoder), ctypes.POINTER(CStep)], None
-    lib.draft.argtypes, lib.draft.restype = [ctypes.POINTER(CDecoder), ctypes.POINTER(CDraft)], None
-    lib.workspace_bytes.argtypes = [ctypes.POINTER(CDecoder)]
-    lib.workspace_bytes.restype = ctypes.c_int64
-    return lib, f'native decoding ({ISAS[lib.best_isa()]})'
+    decoder, step, draft = map(ctypes.POINTER, (CDecoder, CStep, CDraft))
+    lib.bitskip_step.argtypes, lib.bitskip_step.restype = [decoder, step], None
+    lib.bitskip_draft.argtypes, lib.bitskip_draft.restype = [decoder, draft], None
+    lib.bitskip_workspace.argtypes, lib.bitskip_workspace.restype = [decoder], ctypes.c_int64
+    return lib, f'native decoding ({ISAS[lib.bitskip_isa()]})'
 
 
 def compiled(folder):
@@ -142,25 +144,24 @@ def temporary_folder():
 #     64 bytes     |      row 0      |      row 1      |  ...  |      row 15     |
 #                  |  0   1   2   3  |  4   5   6   7  |  ...  | 60  61  62  63  |
 #
-#     int8         byte 4r + j  =  w[r, j] + 128                               16 rows x 4 columns
-#
 #     ternary      byte 4r + j  =   w[r, 12+j] + 1   w[r, 8+j] + 1   w[r, 4+j] + 1   w[r, j] + 1
 #                                     bits 7 6         bits 5 4        bits 3 2       bits 1 0
 #
 #                  16 rows x 16 columns: (bytes >> 2s) & 3 are the 64 bytes of columns 4s ... 4s + 3
 #
+#     the head     byte 4r + j  =   (w[r, 4+j] + 128) / 16          (w[r, j] + 128) / 16
+#                                          bits 7 6 5 4                  bits 3 2 1 0
+#
 # Weights are stored unsigned, as the instruction wants one of its operands. What that adds to the
 # sum is taken off again: sum_k (w_k + 1) x_k - sum_k x_k = sum_k w_k x_k.
+#
+# Of the head these are the upper 4 of 8 bits, for 16 rows x 8 columns. They tell which words are
+# likely. Only for those does the step read all 8 bits, which lie row by row.
 
 def ternary_blocks(codes):
     """codes (rows, cols) in {-1, 0, 1} -> (rows / 16, cols / 16, 64) uint8, both rounded up."""
     c = in_tiles((codes + 1).to(torch.uint8))  # (rows / 16, cols / 16, s, r, j)
     return (c[:, :, 0] | c[:, :, 1] << 2 | c[:, :, 2] << 4 | c[:, :, 3] << 6).flatten(2)
-
-
-def int8_blocks(codes):
-    """codes (rows, cols) int8 -> (rows / 16, cols / 16, 4, 64) uint8, both rounded up."""
-    return in_tiles(codes).flatten(3).view(torch.uint8) ^ 128  # that is + 128, in two's complement
 
 
 def int4_blocks(codes):
@@ -187,8 +188,8 @@ def structure(name, *fields):
 
 pointer, integer, real = ctypes.c_void_p, ctypes.c_int, ctypes.c_float
 CLinear = structure(
-    'CLinear', (pointer, 'weights codes scales norm_weight'), (integer, 'kind rows inputs cols'),
-    (integer, 'activation norm linear_norm hadamard bits'))
+    'CLinear', (pointer, 'weights codes scales norm_weight'), (integer, 'rows inputs cols'),
+    (integer, 'w_bits bits activation norm linear_norm hadamard'))
 CBlock = structure('CBlock', (CLinear, 'qkv o up down'), (pointer, 'gate1 gate2'))
 CDecoder = structure(
     'CDecoder', (CLinear, 'head'), (pointer, 'blocks embedding embedding_scales cos sin k v'),
@@ -200,7 +201,6 @@ CStep = structure(
 CDraft = structure(
     'CDraft', (pointer, 'tokens h q p random'), (integer, 'T start layer most'),
     (real, 'temperature confidence'), (integer, 'n'))
-KINDS = {'fp32': 0, 'int8': 1, 'int4': 2, 'ternary': 3}
 NORMS = {'none': 0, 'layernorm': 1, 'rmsnorm': 2}
 ACTIVATIONS = {None: 0, 'relu2': 1, 'swiglu': 2}
 EXIT_NUMBERS = {mode: i for i, mode in enumerate((None, *EXIT_MODES))}  # native.c: FULL, GATE, ...
@@ -211,21 +211,24 @@ class Decoder:
 
     model: what packed.to_ternary returns, or what it takes (head='int8' then). threads: at most how
     many, by default torch.get_num_threads(). isa: an index of ISAS, by default the best here; all
-    give the same bits. BuildError where native decoding is not available, ValueError if the model
-    cannot be decoded so.
+    give the same bits. margin: logits that are not that far below the largest are those of the int8
+    head; the others, for which 4 of its bits are read, are close. BuildError where native decoding
+    is not available, ValueError if the model cannot be decoded so.
 
     length: how many tokens the cache holds; setting it back forgets the newest.
     states (1, T, C): what the newest tokens left the blocks with, before any norm."""
 
-    def __init__(self, model, threads=None, isa=None, margin=None):
+    def __init__(self, model, threads=None, isa=None, margin=MARGIN):
         self.lib, how = library()
         if self.lib is None:
             raise BuildError(how)
-        threads, best = threads or torch.get_num_threads(), self.lib.best_isa()
+        threads, best = threads or torch.get_num_threads(), self.lib.bitskip_isa()
         isa = best if isa is None else isa
         if not 1 <= threads <= 1024 or not 0 <= isa <= best:
             raise ValueError(f'threads is 1 to 1024 and isa 0 to {best} here, got {threads}, {isa}')
         model = to_ternary(model)
+        if not isinstance(model.head, Int8Head):
+            raise ValueError("native decoding takes a packed model with head='int8'")
         self.config, self.has_gates, self.tensors = model.config, bool(model.gates), []
         self.c = self.describe(model, threads, isa, margin)
         self.filled, self.length = [0] * self.config.n_layer, 0  # tokens that each layer holds
@@ -244,19 +247,18 @@ class Decoder:
         blocks = zip_longest(model.blocks, model.gates)  # the last block has no gate
         self.c_blocks = (CBlock * c.n_layer)(*(self.describe_block(*pair) for pair in blocks))
         cos, sin = model.rope(0, c.block_size)
-        embedding, _, embedding_scales = rows_of(model.embedding)
-        rows, kind, scales = rows_of(model.head)
-        kind = 'int4' if kind == 'int8' and margin is not None else kind
         decoder = CDecoder(
-            head=self.describe_linear(rows, kind, scales, c.n_embd, c.n_embd, model.norm),
+            head=self.describe_linear(int4_blocks(model.head.codes), 4, model.head.scale, c.n_embd,
+                                      c.n_embd, model.norm, codes=self.keep(model.head.codes)),
             blocks=ctypes.addressof(self.c_blocks), cos=self.keep(cos), sin=self.keep(sin),
-            embedding=self.keep(embedding), embedding_scales=self.keep(embedding_scales),
+            embedding=self.keep(model.embedding.codes), margin=margin,
+            embedding_scales=self.keep(model.embedding.scale),
             k=self.keep(torch.zeros(c.n_layer, c.n_kv_head, -(-c.block_size // 16), D, 16)),
             v=self.keep(torch.zeros(c.n_layer, c.n_kv_head, c.block_size, -(-D // 16) * 16)),
-            normed_exits=c.exit_norm != 'none', threads=threads, isa=isa, margin=margin or 0,
+            normed_exits=c.exit_norm != 'none', threads=threads, isa=isa,
             **{name: getattr(c, name) for name in ('n_layer', 'n_head', 'n_kv_head', 'n_embd',
                                                    'vocab_size', 'block_size', 'gate_dim')})
-        workspace = torch.zeros(self.lib.workspace_bytes(decoder), dtype=torch.uint8)
+        workspace = torch.zeros(self.lib.bitskip_workspace(decoder), dtype=torch.uint8)
         decoder.workspace = self.keep(workspace)
         return decoder
 
@@ -278,18 +280,15 @@ class Decoder:
         codes, scales = zip(*(layer.ternary() for layer in layers))
         scales = torch.cat([scale.reshape(-1).expand(len(c)) for c, scale in zip(codes, scales)])
         return self.describe_linear(
-            torch.cat(codes), 'ternary', scales, inputs, first.in_features, norm,
+            ternary_blocks(torch.cat(codes)), 2, scales, inputs, first.in_features, norm,
             activation=ACTIVATIONS[activation], linear_norm=NORMS[first.linear_norm],
             hadamard=prepare is HBitLinear.prepare, bits=first.act_bits)
 
-    def describe_linear(self, w, kind, scales, inputs, cols, norm, bits=8, **options):
-        blocks = {'ternary': ternary_blocks, 'int8': int8_blocks,
-                  'int4': int4_blocks}.get(kind, lambda w: w)(w)
-        if scales is not None:
-            scales = F.pad(scales.flatten(), (0, -len(w) % 16))  # (rows 16s)
+    def describe_linear(self, blocks, w_bits, scales, inputs, cols, norm, bits=8, **options):
         return CLinear(
-            weights=self.keep(blocks), codes=self.keep(w if kind == 'int4' else None), scales=self.keep(scales), kind=KINDS[kind], rows=len(w),
-            inputs=inputs, cols=cols, bits=bits, norm=NORMS[self.config.norm],
+            weights=self.keep(blocks), scales=self.keep(F.pad(scales.flatten(), (0, 15))),
+            rows=scales.numel(), inputs=inputs, cols=cols, w_bits=w_bits, bits=bits,
+            norm=NORMS[self.config.norm],
             norm_weight=self.keep(getattr(norm, 'weight', None)), **options)
 
     @property
@@ -343,7 +342,7 @@ class Decoder:
         draft = CDraft(tokens=ids.data_ptr(), h=states.data_ptr(), q=logits.data_ptr(),
                        p=logits[most:].data_ptr(), random=random.data_ptr(), T=T, start=start,
                        layer=layer, most=most, temperature=temperature, confidence=confidence)
-        self.lib.draft(self.c, draft)
+        self.lib.bitskip_draft(self.c, draft)
         n = draft.n
         self.filled, self._length = [start + T + n] * c.n_layer, start + T + n
         return ids[T:T + n, None], logits[:n], logits[most:most + n + 1]
@@ -388,13 +387,7 @@ class Decoder:
         step = CStep(tokens=ids and ctypes.addressof(ids), h=states.data_ptr(), T=T, start=start,
                      logits=logits.data_ptr(), first=first, last=last, n_logits=n_logits,
                      exit_mode=EXIT_NUMBERS[exit_mode], threshold=exit_threshold)
-        self.lib.step(self.c, step)
+        self.lib.bitskip_step(self.c, step)
         self.filled[first:last + 1] = [start + T] * (last + 1 - first)
         return states[None, :, :c.n_embd], logits[:n_logits], step.exit_layer
 
-
-def rows_of(module):
-    """The matrix of an embedding or a head: (rows, their kind, their scales or None)."""
-    if hasattr(module, 'codes'):
-        return module.codes, 'int8', module.scale
-    return module.weight, 'fp32', None

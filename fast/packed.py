@@ -19,7 +19,7 @@ import torch.nn.functional as F
 
 from configurator import find_class
 from fast import triton_ternary
-from model import BitSkip, of_today
+from model import BitSkip
 from quant import (BitLinear, activation_quant, dequantize, integers_serve, pack_ternary,
                    unpack_ternary)
 
@@ -164,7 +164,7 @@ def load_packed(checkpoint):
              for name, tensor in checkpoint['model'].items()}
     Model = find_class(checkpoint.get('model_class', 'model:BitSkip'), BitSkip)
     with torch.device('meta'):
-        model = Model(Model.Config.of(of_today(checkpoint['settings'])))
+        model = Model(Model.Config.of(checkpoint['settings']))
     require_packable(model)
 
     def make(name, layer):

@@ -39,12 +39,12 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 
-from common import atomic_write, find_run, pick_device, require_suffix, run_file, synchronize
+from checkpoint import find_run, open_model, run_file
+from common import atomic_write, pick_device, require_suffix, synchronize
 from configurator import UserError, check, configure, run
 from decode import Decoder, require_sampling, sample, stream
 from eval_exits import table
 from fast import quick_decoder
-from model import open_model
 from prepare import data_of
 
 LENGTHS = (1, 2, 3, 4, 6)  # how many drafts a pass of the sweep has, at most

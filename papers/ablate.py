@@ -24,11 +24,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from common import atomic_write, exclusive, keep_freed_memory, load_checkpoint, say
+from checkpoint import load_checkpoint, open_model
+from common import atomic_write, exclusive, keep_freed_memory, say
 from configurator import UserError, check, configure, run
 from eval_exits import bits_per_byte, depth_statistics, evaluate, weight_statistics, windows
 from fast.machine import commit, machine
-from model import open_model
 from papers import measures
 from papers.plan import EPOCH_STEPS, SEEDS, TABLES, TUNING_SEED
 from prepare import data_of, load_meta, load_tokens, prepare

@@ -94,12 +94,12 @@ class Heads(BitSkip):
             self.requires_grad_(False)
             nn.ModuleList([own, self.gates]).requires_grad_(True)
 
-    def load_state_dict(self, state, *args, **options):
+    def adopt(self, state):
         shared = state.get('head.weight')
-        if shared is not None and self.config.exit_head == 'own':  # of a model with one head
-            state = {name: w for name, w in state.items() if name != 'head.weight'}
-            state |= {f'head.{l}.weight': shared for l in range(self.config.n_layer)}
-        return super().load_state_dict(state, *args, **options)
+        if shared is None or self.config.exit_head != 'own':
+            return state
+        own = {f'head.{l}.weight': shared for l in range(self.config.n_layer)}
+        return {name: w for name, w in state.items() if name != 'head.weight'} | own
 
     def exit_state(self, h, layer):
         if self.adapters and layer < self.config.n_layer - 1:

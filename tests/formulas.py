@@ -17,7 +17,7 @@ def activation_a2(x, bits=8):
 
 
 def hadamard_b3(x):
-    """Zeros up to n features (Pad), and H_ij = (-1)^(ones that i and j have in common) / sqrt(n)."""
+    """Zeros up to n features (Pad); H_ij = (-1)^(ones that i and j have in common) / sqrt(n)."""
     k, n = x.shape[-1], 1
     while n < k:
         n *= 2

@@ -12,8 +12,9 @@ import pytest
 import torch
 
 import common
-from common import (Interrupts, Processes, atomic_write, exclusive, find_run, load_checkpoint,
-                    move_aside, read_text_strict, require_suffix, run_file, save_checkpoint)
+from checkpoint import find_run, load_checkpoint, run_file, save_checkpoint
+from common import (Interrupts, Processes, atomic_write, exclusive, move_aside, read_text_strict,
+                    require_suffix)
 from configurator import UserError
 
 ROOT = Path(__file__).resolve().parent.parent

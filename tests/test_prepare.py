@@ -154,17 +154,14 @@ def test_wikitext2_from_a_local_copy(tmp_path, data, below):
 
 
 def test_tinystories_from_a_local_copy(tmp_path, data):
-    """Each story is a document. Parquet or text, the copy gives the same stories."""
+    """Each story is a document. What is no table, beside the tables, is not read."""
     source = parquet(tmp_path / 'parquet', STORIES)
     write(tmp_path / 'parquet', {'README.md': 'not this', '.git/x': ''})
     folder = prepare.prepare('tinystories', source=source, data_dir=data)
     assert sorted(os.listdir(folder)) == ['meta.json', 'train.bin', 'val.bin']
     assert text_of(folder, 'train') == 'Once upon a time.\n\nThe end.A café.Three.'
-    source = write(tmp_path / 'text', {
-        f'TinyStories-{split[:5]}.txt': '\n<|endoftext|>\n'.join(texts) + '\n<|endoftext|>\n'
-        for split, texts in STORIES.items()})
     folder = prepare.prepare('tinystories', 'bytes', source, data)
-    assert text_of(folder, 'val') == 'Lily smiled.\nBye.\n'
+    assert text_of(folder, 'val') == 'Lily smiled.Bye.'
     assert load_meta(folder)['splits']['val']['documents'] == 2
 
 
@@ -220,24 +217,23 @@ def test_a_text_file_is_cut_at_lines(poem, data):
     assert [part.count('\n') for part in parts] == [80, 10, 10]
 
 
-@pytest.mark.parametrize('n', [3, 100])
-def test_a_folder_of_files(tmp_path, data, capsys, n):
+def test_a_folder_of_files(tmp_path, data, capsys):
     """Linked folders were left out without a word, .jsonl was trained on as JSON, .parquet was not
-    UTF-8. Many files are split by file, few by position in each."""
-    files = {f'sub{i % 3}/{i}.md': f'text {i:03}\n' * 10 for i in range(n)} | {'empty.txt': ''}
+    UTF-8. Each file is split by position."""
+    files = {f'sub{i % 3}/{i}.md': f'text {i:03}\n' * 10 for i in range(5)} | {'empty.txt': ''}
     folder = Path(write(tmp_path / 'my.texts', files | {'a.py': 'code', '.git/b.txt': 'hidden'}))
     rows = [f'row {i:03}\n' for i in range(20)]
     write(folder, {'rows.jsonl': ''.join(json.dumps({'text': row}) + '\n' for row in rows)})
     parquet(folder / 'tables', {'all': rows})
     (folder / 'linked').symlink_to(tmp_path)
     prepared = prepare.prepare(str(folder), 'bytes', data_dir=data)
-    assert (f'{n + 2} files are read, 4 files or folders left out .git a.py empty.txt linked\n'
+    assert ('my.texts: texts read: 7; left out: 4 .git a.py empty.txt linked\n'
             in capsys.readouterr().out)
     parts = [bytes(load_tokens(prepared, split)).decode('utf-16').replace('\0', '\n').split('\n')
              for split in ('train', 'val', 'test')]
-    expected = [f'text {i:03}' for i in range(n)] * 10 + [row.strip() for row in rows] * 2
+    expected = [f'text {i:03}' for i in range(5)] * 10 + [row.strip() for row in rows] * 2
     assert sorted(filter(None, sum(parts, []))) == sorted(expected)
-    assert ({*parts[0]} & {*parts[1]} == {''}) == (n == 100) and min(map(len, parts)) > 2
+    assert min(map(len, parts)) > 2
 
 
 # ---- prepared once, and whole ----
@@ -295,17 +291,6 @@ def test_a_run_goes_on_with_its_own_tokens(poem, data, capsys):
     assert 'is not the text that this model was trained on' in capsys.readouterr().out
 
 
-def test_a_large_file_is_not_summed(tmp_path, capsys, monkeypatch):
-    n = 2 ** 27 + 1
-    count = {'tokens': n, 'bytes': n, 'documents': 0, 'sha256': ''}
-    write(tmp_path, {'train.bin': b'', 'meta.json': json.dumps({
-        'fingerprint': '', 'tokenizer': 'bytes', 'vocab_size': 256, 'splits': {'train': count}})})
-    os.truncate(tmp_path / 'train.bin', 2 * n)
-    for said in (True, False):
-        assert len(load_tokens(str(tmp_path), 'train')) == n
-        assert ('only its size is checked' in capsys.readouterr().out) == said
-
-
 @pytest.mark.parametrize('error', [KeyboardInterrupt, OSError])
 def test_failed_run_leaves_what_was_there(poem, data, monkeypatch, error):
     def documents():
@@ -313,7 +298,8 @@ def test_failed_run_leaves_what_was_there(poem, data, monkeypatch, error):
         assert sorted(os.listdir(data)) == ['poem-bytes', 'poem-bytes.lock', 'poem-bytes.tmp']
         raise error
     folder = prepare.prepare(poem, 'bytes', data_dir=data)
-    monkeypatch.setattr(prepare, 'open_corpus', lambda *args: ('a test', 'print', documents()))
+    os.utime(poem)
+    monkeypatch.setattr(prepare, 'documents', lambda *args: documents())
     with pytest.raises(error):
         prepare.prepare(poem, 'bytes', data_dir=data)
     assert os.listdir(data) == ['poem-bytes'] and text_of(folder, 'val').startswith('line 80')

@@ -17,10 +17,11 @@ import torch._dynamo.utils
 from conftest import ROOT, RUN, flags, text_folder
 
 import train
-from common import Processes, exclusive, load_checkpoint, save_checkpoint
+from checkpoint import load_checkpoint, open_model, save_checkpoint
+from common import Processes, exclusive
 from configurator import UserError
 from eval_exits import evaluate
-from model import BitSkip, BitSkipConfig, open_model
+from model import BitSkip, BitSkipConfig
 from prepare import load_tokens
 from train import TrainSettings, get_lr
 
@@ -59,8 +60,7 @@ def assert_same_run(a, b, **tolerance):
         assert ours == (pytest.approx(theirs, rel=1e-4) if tolerance else theirs)
 
 
-# --------------------------------------------------------------------------------------------------
-# pure functions of the step
+# ---- pure functions of the step
 
 @pytest.mark.parametrize('settings, expected', [
     (dict(schedule='wsd'), {0: 0.1, 8: 0.9, 9: 1, 80: 1, 90: 0.55, 99: 0.1 + 0.9 * 0.05}),
@@ -70,7 +70,7 @@ def assert_same_run(a, b, **tolerance):
 def test_learning_rate_by_hand(settings, expected):
     """100 steps: 9 of warm-up, to 1; at the end 0.1. wsd decays over the last 20. Warm-up takes a
     tenth at most: it was the whole of a short run."""
-    s = TrainSettings(**dict(max_iters=100, warmup_iters=9, learning_rate=1.0, min_lr=0.1) | settings)
+    s = TrainSettings(**dict(max_iters=100, warmup_iters=9, learning_rate=1, min_lr=0.1) | settings)
     assert {step: get_lr(step, s) for step in expected} == pytest.approx(expected)
 
 
@@ -79,16 +79,6 @@ def test_targets_are_the_next_token():
     idx, targets = train.get_batch(torch.arange(20).numpy().astype('uint16'), 100, 16, 'cpu')
     assert idx.shape == targets.shape == (100, 16) and torch.equal(targets, idx + 1)
     assert idx.min() == 0 and targets.max() == 19
-
-
-def test_micro_batches_follow_from_seed_step_and_number_alone():
-    """What resuming and distribution rest on: earlier use of the generator leaves no trace."""
-    def draw(step, micro, before=0, seed=7):
-        torch.rand(before)
-        train.seed_microbatch(seed, step, micro)
-        return tuple(torch.rand(4).tolist())
-    assert draw(3, 1) == draw(3, 1, before=5) != draw(3, 1, seed=8)
-    assert len({draw(step, micro) for step in range(20) for micro in range(4)}) == 80
 
 
 def test_weight_decay_is_on_matrices_only():
@@ -118,8 +108,7 @@ def test_accumulated_gradients_are_those_of_one_larger_batch(monkeypatch):
     torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
 
 
-# --------------------------------------------------------------------------------------------------
-# a run
+# ---- a run
 
 def test_a_run_learns_and_leaves_what_it_promises(text, capsys):
     assert train.main(flags(max_iters=30, eval_interval=15)) is True
@@ -136,8 +125,8 @@ def test_a_run_learns_and_leaves_what_it_promises(text, capsys):
     assert loss == pytest.approx(best, abs=1e-5) and not Path('out/run.lock').exists()
 
 
-@pytest.mark.parametrize('change', [{}, dict(dtype='bfloat16', dropout=0.1, ee_positions='sampled')],
-                         ids=str)
+@pytest.mark.parametrize('change', [{}, dict(dtype='bfloat16', dropout=0.1,
+                                             ee_positions='sampled')], ids=str)
 def test_resuming_after_any_step_is_bit_exact(text, monkeypatch, change):
     """A run of seven steps that gets a Ctrl-C in the middle of each of them and is resumed, and one
     that does not: the same weights, optimizer and log, whatever is drawn at random."""
@@ -162,7 +151,7 @@ def test_resuming_after_any_step_is_bit_exact(text, monkeypatch, change):
 def test_a_killed_run_is_whole_and_resumes_exactly(text):
     """train.py | head: the reader of our output goes, the run goes on. Then kill -9, at any moment.
     What was logged after the last save is logged again, once."""
-    settings = dict(max_iters=30, eval_interval=3, log_interval=2)
+    settings = dict(max_iters=18, eval_interval=3, log_interval=2)
     with start(**settings) as process:
         process.stdout.close()
         while not os.path.exists('out/run/last.pt'):
@@ -193,11 +182,11 @@ def test_two_processes_take_the_step_of_one(text):
 
 
 def test_a_compiled_run_has_the_same_losses(text, monkeypatch):
-    """Samples that skip change the batch size; one graph serves any, and none is broken. (The
-    graphs run as they were traced: to compile C++ from them takes minutes.)"""
+    """No graph is broken, and few serve all shapes. (They run as they were traced: to compile C++
+    from them takes minutes.)"""
     compile_, counters = torch.nn.Module.compile, torch._dynamo.utils.counters
     monkeypatch.setattr(torch.nn.Module, 'compile', lambda m: compile_(m, backend='aot_eager'))
-    settings = dict(batch_size=4, max_iters=2, eval_interval=2, p_max=0.9)
+    settings = dict(n_layer=2, max_iters=2, eval_interval=2, gradient_accumulation_steps=1)
     train.main(flags(**settings))
     train.main(flags(compile=True, out_dir='out/compiled', **settings))
     assert 0 < counters['stats']['unique_graphs'] <= 6 and not counters['graph_break']
@@ -206,8 +195,7 @@ def test_a_compiled_run_has_the_same_losses(text, monkeypatch):
             assert compiled[name] == pytest.approx(plain[name], rel=1e-3), name
 
 
-# --------------------------------------------------------------------------------------------------
-# when to stop
+# ---- when to stop
 
 def test_patience_counts_evaluations_and_outlasts_an_interruption(text):
     """A resumed run took the first model that it evaluated for its best."""
@@ -224,26 +212,26 @@ def test_patience_counts_evaluations_and_outlasts_an_interruption(text):
 
 
 def test_divergence_stops_with_step_checkpoint_and_advice(text):
-    with pytest.raises(train.Diverged, match=r'step \d: the loss is .* nothing is saved; .*--learn'):
+    with pytest.raises(train.Diverged, match=r'step \d: the loss is .* nothing is saved'):
         train.main(flags(learning_rate=1e38, warmup_iters=0))
     assert os.listdir('out/run') == ['log.jsonl']
     train.main(flags(max_iters=4))
     for interval, found in ((9, 'the loss is'), (1, 'the validation loss is')):  # who finds it
-        with pytest.raises(train.Diverged, match=f'step 5: {found} .*out/run/last.pt, the last good'):
+        with pytest.raises(train.Diverged, match=f'step 5: {found} .*out/run/last.pt'):
             train.main([*RESUME, '--max_iters=9', '--learning_rate=1e38',
                         f'--eval_interval={interval}'])
         assert load_checkpoint('out/run/last.pt')['progress']['iter'] == 4
     assert 'NaN' not in Path('out/run/log.jsonl').read_text()  # which is not JSON
 
 
-# --------------------------------------------------------------------------------------------------
-# folders, and a user's mistakes
+# ---- folders, and a user's mistakes
 
 def test_an_earlier_run_is_moved_aside_and_one_at_work_is_left_alone(text):
     """A second run moved the first one's folder aside, and both wrote into the new one."""
     for seed in (1, 2, 3):
         train.main(flags(seed=seed, max_iters=1, eval_interval=1))
-    seeds = {run: load_checkpoint(f'out/{run}/ckpt.pt')['settings']['seed'] for run in os.listdir('out')}
+    seeds = {run: load_checkpoint(f'out/{run}/ckpt.pt')['settings']['seed']
+             for run in os.listdir('out')}
     assert seeds == {'run.1': 1, 'run.2': 2, 'run': 3}
     with exclusive('out/run', wait=False):
         for out_dir in ('out/run', 'out/run/', './out//run'):
@@ -257,7 +245,7 @@ def test_an_earlier_run_is_moved_aside_and_one_at_work_is_left_alone(text):
     ({'dataset': 'wikitxt2'}, 'wikitext2'),
     ({'block_size': 100000}, 'too few for block_size=100000'),
     ({'n_head': 5}, 'n_embd=32 .* n_head=5'), ({'batch_size': 0}, 'batch_size'),
-    ({'max_iters': 0}, 'max_iters'), ({'decay_frac': 2}, 'decay_frac'),
+    ({'max_iters': 0}, 'max_iters'), ({'decay_frac': 2}, 'decay_frac'), ({'beta1': 1}, 'beta1'),
     ({'learning_rate': 'fast'}, 'learning_rate: expected float'),
     ({'target_exit': 3}, 'target_exit is 0 to 2, got 3'), ({'linear': 'quant:No'}, 'quant:No'),
     ({'device': 'cuda:77'}, "device 'cuda:77' is not here")], ids=str)

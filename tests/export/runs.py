@@ -1,18 +1,20 @@
 """Runs of tiny models with random weights, in a folder that holds nothing else."""
 import os
+import tempfile
 from functools import partial
 
 import pytest
 import torch
 from conftest import text_folder
 
-from common import save_checkpoint
+from checkpoint import save_checkpoint
 from eval_exits import measure_speed
 from model import BitSkip, BitSkipConfig
 from prepare import load_meta, prepare
 from train import TrainSettings
 
-os.environ['HF_HUB_OFFLINE'] = '1'  # before transformers comes
+MODULES = tempfile.TemporaryDirectory()  # where transformers copies the code of our folders
+os.environ |= {'HF_HUB_OFFLINE': '1', 'HF_MODULES_CACHE': MODULES.name}  # before it is imported
 EXTRA = 'is not installed: pip install -r requirements-extra.txt'
 L, EOT, PROMPT = 4, 0, 'Once upon a time'
 SETTINGS = vars(TrainSettings()) | dict(
@@ -35,16 +37,13 @@ def save_run(out_dir, **changes):
         'meta': load_meta(prepare('text.txt', 'bytes'))})
 
 
-@pytest.fixture(scope='module')
+@pytest.fixture(scope='module', autouse=True)
 def folder(tmp_path_factory):
-    """The folder to work in. Exports measure speed by one token, and transformers' copies of the
-    exported code go here."""
+    """Work in an empty folder. Exports time one token only."""
     from export import hf
-    folder = tmp_path_factory.mktemp('export')
-    with text_folder(folder, 16000) as patch:
+    with text_folder(tmp_path_factory.mktemp('export'), 16000) as patch:
         patch.setattr(hf, 'measure_speed', partial(measure_speed, n_tokens=1, rounds=1))
-        patch.setattr('transformers.dynamic_module_utils.HF_MODULES_CACHE', str(folder / 'modules'))
-        yield folder
+        yield
 
 
 def load(folder, **options):
@@ -56,8 +55,8 @@ def text(B=2, T=20):
     return torch.randint(1, 256, (B, T), generator=torch.Generator().manual_seed(1))
 
 
-def greedy(ours, idx, max_length, blocks=None, **options):
+def greedy(ours, idx, max_length, blocks=L, **options):
     """Our own greedy continuation of idx (1, T) up to max_length, or to the end of the text."""
-    options |= {} if blocks is None else {'exit_layer': blocks - 1}
-    ids = ours.generate(idx, max_length - idx.shape[1], temperature=0, **options)[0].tolist()
+    ids = ours.generate(idx, max_length - idx.shape[1], temperature=0, exit_layer=blocks - 1,
+                        **options)[0].tolist()
     return ids[:ids.index(EOT, idx.shape[1]) + 1] if EOT in ids[idx.shape[1]:] else ids

@@ -31,7 +31,8 @@ def transformers_linear(weight):
 
 
 def torchao_linear(weight):
-    training = pytest.importorskip('torchao.prototype.quantized_training', reason=f'torchao {EXTRA}')
+    name = 'torchao.prototype.quantized_training'
+    training = pytest.importorskip(name, reason=f'torchao {EXTRA}')
     from torchao.quantization import quantize_
     layer = torch.nn.Linear(*weight.t().shape, bias=False)
     layer.weight = torch.nn.Parameter(weight.clone())
@@ -56,7 +57,7 @@ def inputs(*shape):
 
 
 def same(ours, other):
-    """Equal up to float32 sums, relative to the largest of each row: codes off by one would show."""
+    """Equal up to float32 sums, relative to the largest of each row: a code off by one shows."""
     for a, b in zip(ours, other):
         scale = b.abs().amax(-1, keepdim=True)
         assert_close(a / scale, b / scale, rtol=0, atol=1e-5)

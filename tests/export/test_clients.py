@@ -1,4 +1,6 @@
-"""What others have already: their architectures, adapters, harnesses and functions on our models."""
+"""What others have already, on our models: their architectures, adapters and harnesses."""
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,15 +9,15 @@ from torch.testing import assert_close
 
 transformers = pytest.importorskip('transformers', reason=f'transformers {EXTRA}')
 
+from checkpoint import open_model  # noqa: E402
 from exits import linear_cross_entropy  # noqa: E402
 from export import hf  # noqa: E402
-from model import open_model  # noqa: E402
 from quant import weight_ternary  # noqa: E402
 
 
 @pytest.mark.parametrize('linear', ['bitlinear', 'fp'])
 @pytest.mark.parametrize('blocks', [2, L])
-def test_arcee_of_transformers_computes_what_ours_does(folder, linear, blocks):
+def test_arcee_of_transformers_computes_what_ours_does(linear, blocks):
     """Its own code, on our folder. An exit is a folder with fewer blocks. (Theirs multiplies by
     127 / max|x| where ours divides by max|x| / 127: the rare code at a tie may differ by one.)"""
     pytest.importorskip('accelerate', reason=f'accelerate {EXTRA}')
@@ -26,24 +28,26 @@ def test_arcee_of_transformers_computes_what_ours_does(folder, linear, blocks):
     with torch.compiler.set_stance('force_eager'), torch.no_grad():
         theirs = transformers.AutoModelForCausalLM.from_pretrained(name)
         ours = open_model(f'out/{linear}/ckpt.pt')[0]
-        assert type(theirs).__name__ == 'ArceeForCausalLM' and theirs.config.num_hidden_layers == blocks
-        difference = (theirs(text(4, 60)).logits - ours(text(4, 60), exit_layer=blocks - 1)[0]).abs()
+        assert type(theirs).__name__ == 'ArceeForCausalLM' and len(theirs.model.layers) == blocks
+        idx = text(4, 60)
+        difference = (theirs(idx).logits - ours(idx, exit_layer=blocks - 1)[0]).abs()
         assert (difference.amax(-1) < 1e-3).float().mean() > 0.9 and difference.median() < 1e-4
         out = theirs.generate(text(1), max_length=60, do_sample=False)
         assert out[0].tolist() == greedy(ours, text(1), 60, blocks)
-    assert 'trust_remote_code' not in (folder / name / 'README.md').read_text()
+    assert 'trust_remote_code' not in Path(name, 'README.md').read_text()
 
 
 @pytest.fixture(scope='module')
-def ternary(folder):
+def ternary():
     """The folder of a ternary model, BitLinear in q, k and v, HBitLinear in o and down."""
     save_run('out/ternary')
     hf.main(['--out_dir=out/ternary'])
     return 'out/ternary/hf-latent'
 
 
-@pytest.mark.parametrize('where', [dict(target_modules=['q', 'v', 'up']),
-                                   dict(target_modules=[], target_parameters=['q.weight', 'down.weight'])])
+@pytest.mark.parametrize('where', [
+    dict(target_modules=['q', 'v', 'up']),
+    dict(target_modules=[], target_parameters=['q.weight', 'down.weight'])])
 def test_lora(ternary, where):
     """LoRA on modules adapts outputs; merged, W + BA is made ternary anew, which is another model.
     LoRA on parameters adapts the latent W, of HBitLinear too, and merging changes nothing."""

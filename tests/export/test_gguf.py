@@ -3,26 +3,25 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from runs import EXTRA
+from runs import ARCEE, EXTRA
 from torch.testing import assert_close
 
-from common import save_checkpoint
+from checkpoint import save_checkpoint
 from configurator import UserError
 from export import gguf as ours
 from prepare import get_tokenizer
 from quant import activation_quant, weight_ternary
 
 gguf = pytest.importorskip('gguf', reason=f'gguf {EXTRA}')
-ARCEE = dict(vocab_size=256, n_embd=256, ffn_dim=512, linear='bitlinear', norm='rmsnorm',
-             sub_norm=False, gate_dim=0)
+SIZES = dict(vocab_size=256, n_embd=256, ffn_dim=512)
 TYPES = ['TQ2_0', 'TQ1_0', 'F16']
 
 
 @pytest.fixture
 def export(make_model, tmp_path):
-    """export(*flags, **settings): write a run of such a model, and its file. The model, the path."""
+    """export(*flags, **settings): write a run of such a model, and its file; model and path."""
     def run(*flags, **settings):
-        model = make_model(**ARCEE | settings)
+        model = make_model(**ARCEE | SIZES | settings)
         with torch.no_grad():
             for layer in model.linears():  # an alpha that float16 holds: nothing is rounded
                 layer.weight *= torch.tensor(0.05).half() / layer.weight.abs().mean()
@@ -70,7 +69,8 @@ def arcee(settings, w, idx):
     turn = torch.polar(torch.ones_like(angles), angles)  # (T, D / 2)
 
     def norm(x, name):
-        return F.rms_norm(x, x.shape[-1:], w[name], settings['arcee.attention.layer_norm_rms_epsilon'])
+        eps = settings['arcee.attention.layer_norm_rms_epsilon']
+        return F.rms_norm(x, x.shape[-1:], w[name], eps)
 
     def linear(x, name):
         codes, scale = activation_quant(x)

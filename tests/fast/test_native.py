@@ -1,5 +1,6 @@
 """Native decoding: the numbers of PyTorch, bit for bit the same whatever computes them, and a reason
 wherever it cannot be had."""
+import math
 import os
 import re
 import subprocess
@@ -32,25 +33,25 @@ KINDS = {
 }
 kinds = pytest.mark.parametrize('kind', KINDS)
 some = pytest.mark.parametrize('kind', ['bitlinear', 'hadamard, paper B', 'odd widths'])
-heads = pytest.mark.parametrize('head', ['int8', 'fp32'])
 
 
 @pytest.fixture
 def make(make_model):
-    """make(kind, head, **settings): a tiny packed model, and a function that makes decoders of it.
+    """make(kind, **settings): a tiny packed model, and a function that makes decoders of it.
     Skips, with the reason, where native decoding is not available."""
     available, how = native.available()
     if not available:
         pytest.skip(how)
 
-    def make(kind='bitlinear', head='fp32', **settings):
-        model = to_ternary(make_model(**KINDS[kind] | dict(block_size=48) | settings), head)
-        return model, lambda **options: native.Decoder(model, **options)
+    def make(kind='bitlinear', **settings):
+        model = to_ternary(make_model(**KINDS[kind] | dict(block_size=48) | settings))
+        return model, lambda **options: native.Decoder(
+            model, **dict(margin=math.inf) | options)
     return make
 
 
 def isas():
-    return range(native.library()[0].best_isa() + 1)
+    return range(native.library()[0].bitskip_isa() + 1)
 
 
 def texts(model, n=8, length=7):
@@ -67,11 +68,10 @@ def greedy(model, idx, n, decoder=None, **options):
 # the model's own numbers
 
 @kinds
-@heads
-def test_logits_are_the_models(make, kind, head):
+def test_logits_are_the_models(make, kind):
     """At every exit, after every token, in every instruction set; but for texts where a rounding
     error of 1e-7 has tipped a quantizer to its next code: few, and even these not far off."""
-    model, decoder = make(kind, head)
+    model, decoder = make(kind)
     idx, decoders = texts(model), [decoder(isa=isa) for isa in isas()]
     for layer in range(model.config.n_layer):
         errors = []
@@ -90,17 +90,18 @@ def test_logits_are_the_models(make, kind, head):
     {}, dict(exit_layer=0), dict(exit_mode='confidence', exit_threshold=0.25),
     dict(exit_mode='saturation', exit_threshold=0.72), dict(exit_mode='gate')], ids=str)
 def test_greedy_text_and_exits_are_the_models(make, kind, options):
-    """Also past block_size, where the cache starts anew."""
+    """Also past block_size, where the cache starts anew; of four texts, three at least (see above).
+    """
     model, decoder = make(kind, block_size=20)
     if options.get('exit_mode') == 'gate' and not model.gates:
         with pytest.raises(ValueError, match='no gates'):
             decoder().step([1], exit_mode='gate')
         return
-    idx = texts(model)[:1]
-    ours = greedy(model, idx, 30, decoder(), **options)
-    assert ours == greedy(model, idx, 30, **options)
+    ours, theirs = ([greedy(model, idx, 24, d, **options) for idx in texts(model, 4).split(1)]
+                    for d in (decoder(), None))
+    assert sum(a == b for a, b in zip(ours, theirs)) >= 3
     if kind == 'bitlinear' and 'exit_mode' in options:
-        assert len(set(ours[1])) > 1  # tokens do leave at different layers
+        assert len({layer for _, layers in ours for layer in layers}) > 1  # not all at one layer
 
 
 @pytest.mark.parametrize('kind', ['bitlinear', 'exits without a norm', 'many words, a scale a row'])
@@ -111,7 +112,8 @@ def test_scores_are_the_models(make, kind, mode):
     decoder = decoder()
     for token in range(7, model.config.vocab_size, 40):
         h = next(model.hidden_states(torch.tensor([[token]]))).detach()
-        score = exit_score(model, h, model.embedding.weight[token], 0, mode).item()
+        before = model.embedding(torch.tensor(token))
+        score = exit_score(model, h, before, 0, mode).item()
         for threshold, leaves in ((score * 0.99, True), (score * 1.01, False)):
             decoder.length = 0
             layer = decoder.step([token], exit_mode=mode, exit_threshold=threshold)[1]
@@ -140,9 +142,24 @@ def test_the_head_is_exact_at_the_ends_of_its_range(make_model, make):
         model.head.weight.copy_(torch.arange(31)[:, None] % 2 * 2.0 - 1)
     for isa in isas():
         for sign in (1.0, -1.0):
-            decoder = native.Decoder(model, isa=isa)
+            decoder = native.Decoder(model, isa=isa, margin=math.inf)
             logits = decoder.logits(torch.full((1, 1, 32), sign), layer=0)[0, 0]
             assert_close(logits, model.head.weight.detach().sum(1) * sign)
+
+
+@some
+@pytest.mark.parametrize('margin', [0.0, 0.5, 3.0])
+def test_unlikely_words_have_logits_of_four_bits(make, kind, margin):
+    """The others are exact. So the likeliest word is the same, and the unlikely ones are close."""
+    model, decoder = make(kind)
+    text = texts(model, 1, 40)[0]
+    exact, _ = decoder().step(text, n_logits=40)
+    decoders = [decoder(isa=isa, margin=margin, threads=n) for isa in isas() for n in (1, 3)]
+    close, *others = [d.step(text, n_logits=40)[0] for d in decoders]
+    assert all(torch.equal(close, other) for other in others)
+    likely = close >= close.max(dim=1, keepdim=True).values - margin
+    assert torch.equal(close[likely], exact[likely]) and not torch.equal(close, exact)
+    assert (close - exact).abs().max() < 0.2 * exact.abs().max()
 
 
 SANITIZED = """
@@ -154,7 +171,7 @@ if not native.available()[0]:
     sys.exit(print('not here:', native.available()[1]))
 model = BitSkip(BitSkipConfig(vocab_size=31, block_size=48, n_layer=2, n_head=3, n_kv_head=3,
                               n_embd=66, ffn_dim=100))
-for isa in range(native.library()[0].best_isa() + 1):
+for isa in range(native.library()[0].bitskip_isa() + 1):
     decoder = native.Decoder(model, isa=isa)
     for tokens, mode in (range(20), None), ([5], 'gate'), ([6], 'confidence'):
         assert decoder.step(list(tokens), exit_mode=mode)[0].isfinite().all()
@@ -176,10 +193,9 @@ def test_behaviour_is_defined(tmp_path):
 # one position, one result, to the last bit
 
 @kinds
-@heads
-def test_threads_chunks_and_later_tokens_change_nothing(make, kind, head):
+def test_threads_chunks_and_later_tokens_change_nothing(make, kind):
     """Causality: a changed token leaves every logit before it as it was."""
-    model, decoder = make(kind, head)
+    model, decoder = make(kind)
     text, whole = texts(model, 1, 40)[0], decoder(threads=1)
     expected, _ = whole.step(text, n_logits=40)
     for threads, chunks in ((2, [40]), (3, [17, 1, 22]), (1, [1] * 40), (2, [3, 5, 4, 8, 2, 18])):

@@ -25,7 +25,7 @@ def decoder_of(model, how):
     available, why = native.available()
     if not available or model.config.linear == 'fp':
         pytest.skip(why)
-    return native.Decoder(to_ternary(model, head='fp32'))
+    return native.Decoder(model)
 
 
 def plain(model, idx, n, **options):

@@ -5,12 +5,12 @@ import torch.nn.functional as F
 from conftest import TINY, all_exits, flags, text_folder
 
 import sample
-from common import load_checkpoint
+from checkpoint import load_checkpoint, open_model
 from configurator import UserError
 from decode import Decoder, KVCache
 from eval_exits import evaluate
 from exits import exit_weights
-from model import BitSkip, BitSkipConfig, open_model
+from model import BitSkip, BitSkipConfig
 from papers.heads import Heads, HeadsSettings
 from train import main, make_optimizer
 

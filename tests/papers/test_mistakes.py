@@ -5,11 +5,11 @@ from conftest import RUN, TINY, all_exits, flags, text_folder
 
 import eval_exits
 import sample
-from common import load_checkpoint
+from checkpoint import load_checkpoint, open_model
 from configurator import UserError
 from decode import KVCache
 from hadamard import fwht
-from model import BitSkip, BitSkipConfig, open_model
+from model import BitSkip, BitSkipConfig
 from papers import mistakes
 from papers.mistakes import (MISTAKES, HadamardAfter, NonCausal, SmallInit, TrainLatent, Unshifted,
                              UnshiftedExits)

@@ -1,0 +1,291 @@
+"""
+A lens on one text: what would each exit say next, and where would each rule let a token go?
+
+    python -m exercises.lens --text='def main():'             the newest run
+    python -m exercises.lens --text='Return' --out_dir=out/... --threshold=0.8 --to=slides
+
+Prints a table, and writes lens.png and lens.html. The page needs no network; its cells open under
+the mouse. A column is a token that was read, a row is an exit, and a cell holds the likeliest next
+token there. The darker it is, the surer. A rule lets a token go at the first exit where its score
+is above the threshold:
+
+    gate          p_l of A6                     confidence    the largest probability
+    saturation    cos(h_l, h_{l-1})
+
+All states are those of full depth, as if no earlier token had left. (In decode.py a token that has
+left hands on the state that it left with, so later ones may leave elsewhere.)
+"""
+import html
+import os
+import unicodedata
+from dataclasses import dataclass
+
+import torch
+
+from checkpoint import find_run, open_model, run_file
+from common import atomic_write, pick_device
+from configurator import UserError, check, configure, run
+from decode import EXIT_MODES, exit_score
+from prepare import get_tokenizer
+
+MOST, ON_SLIDE, TOP = 64, 24, 5  # tokens that are looked at, and drawn; guesses that are kept
+RULES = {'gate': ('G', '#D55E00', 'o'), 'confidence': ('C', '#009E73', '^'),
+         'saturation': ('S', '#CC79A7', 's')}  # letter, colour (safe for all eyes), marker
+
+
+@dataclass
+class Lens:
+    """What `look` saw of T tokens at L exits. tokens: T words, and following: the T that come next
+    ('' where the text ends); words, p: [layer][token] -> the likeliest next words, and their
+    probabilities; scores: {rule: [layer][token]}, without the last layer; leaves: {rule: [token] ->
+    layer}."""
+    tokens: list
+    following: list
+    words: list
+    p: list
+    scores: dict
+    leaves: dict
+    threshold: float
+
+    @property
+    def cells(self):
+        """(layer, token) of all cells, the last layer first."""
+        return [(l, t) for l in reversed(range(len(self.words))) for t in range(len(self.tokens))]
+
+
+@torch.no_grad()
+def look(model, tokenizer, text, threshold=0.5):
+    """A Lens on the text, or on its first MOST tokens. UserError if there are none."""
+    ids = list(tokenizer.encode(text))
+    if not ids:
+        raise UserError("there is no text to look at: --text='def main():' is one")
+    n, L = min(len(ids), MOST, model.config.block_size), model.config.n_layer
+    was_training = model.training
+    model.eval()
+    idx = torch.tensor([ids[:n]], device=model.device)
+    scores = {rule: [] for rule in EXIT_MODES if rule != 'gate' or len(model.gates)}
+    words, p, before = [], [], model.embed(idx)
+    for layer, h in enumerate(model.hidden_states(idx)):
+        chances = model.head(model.exit_state(h, layer))[0].float().softmax(dim=-1)  # (T, V)
+        best = chances.topk(min(TOP, chances.shape[-1]))
+        p.append(best.values.tolist())
+        words.append([[word(tokenizer, i) for i in row] for row in best.indices.tolist()])
+        for rule in scores if layer < L - 1 else ():
+            scores[rule].append(exit_score(model, h, before, layer, rule)[0].tolist())
+        before = h
+    model.train(was_training)
+    leaves = {rule: [next((l for l in range(L - 1) if by_layer[l][t] > threshold), L - 1)
+                     for t in range(n)] for rule, by_layer in scores.items()}
+    following = [word(tokenizer, i) for i in ids[1:n + 1]] + [''] * (n + 1 - len(ids))
+    read = [word(tokenizer, i) for i in ids[:n]]
+    return Lens(read, following, words, p, scores, leaves, threshold)
+
+
+def word(tokenizer, i):
+    """A token, as one can see it."""
+    if i == tokenizer.eot:
+        return '∅'
+    data = tokenizer.decode_bytes([i])
+    try:
+        text = data.decode()
+    except UnicodeDecodeError:  # a part of a character
+        return 'x' + data.hex()
+    shown = {' ': '␣', '\n': '↵', '\t': '→'}
+    return ''.join(shown.get(c, c if c.isprintable() else f'x{ord(c):02x}') for c in text)
+
+
+# --------------------------------------------------------------------------------------------------
+# the terminal
+
+def table(lens, width=79):
+    """Lines of at most `width` columns: a token in two, its guesses and their percentages."""
+    L, rules = len(lens.words), list(lens.leaves)
+    room = width - 8 - 5 * len(rules)
+    step = -(-4 * L // room)  # every so many layers, if they are many
+    layers = list(range(L - 1, -1, -step))[::-1]
+    cell = min(9, room // len(layers))
+    head = f'{"token":8}' + ''.join(f'{l:>{cell}}' for l in layers)
+    lines = [head + ''.join(f'{rule[:4]:>5}' for rule in rules)]
+    for t, token in enumerate(lens.tokens):
+        guesses = [fit(lens.words[l][t][0], cell - 1) for l in layers]
+        lines.append(fit(token, 7) + ' ' * (8 - columns(fit(token, 7)))
+                     + ''.join(' ' * (cell - columns(guess)) + guess for guess in guesses)
+                     + ''.join(f'{lens.leaves[rule][t]:5}' for rule in rules))
+        lines.append(' ' * 8 + ''.join(f'{100 * lens.p[l][t][0]:{cell}.0f}' for l in layers))
+    return lines
+
+
+def columns(text):
+    """How many a terminal needs for it."""
+    return sum(0 if unicodedata.combining(c) else 1 + (unicodedata.east_asian_width(c) in 'WF')
+               for c in text)
+
+
+def fit(text, most):
+    while columns(text) > most:
+        text = text[:-1]
+    return text
+
+
+# --------------------------------------------------------------------------------------------------
+# the picture
+
+def draw(lens, path):
+    """The first ON_SLIDE tokens as a PNG."""
+    from matplotlib.figure import Figure  # without pyplot: a notebook keeps its own backend
+    T, L = min(len(lens.tokens), ON_SLIDE), len(lens.words)
+    figure = Figure(figsize=(max(7, 1.8 + 0.6 * T), 2 + 0.5 * L), layout='constrained')
+    axes = figure.subplots()
+    axes.pcolormesh([[lens.p[l][t][0] for t in range(T)] for l in range(L)], cmap='Blues',
+                    vmin=0, vmax=1, edgecolors='white', linewidth=1.5)
+    style = dict(ha='center', va='center', parse_math=False, family='DejaVu Sans Mono')
+    for layer, t in lens.cells:
+        if t < T:
+            right = lens.words[layer][t][0] == lens.following[t]
+            axes.text(t + 0.5, layer + 0.58, printable(lens.words[layer][t][0], 5), **style,
+                      fontsize=12, weight='bold' if right else 'normal',
+                      color='white' if lens.p[layer][t][0] > 0.55 else 'black')
+    for place, (rule, leaves) in enumerate(lens.leaves.items()):
+        axes.plot([t + 0.25 * (place + 1) for t in range(T)], [l + 0.2 for l in leaves[:T]],
+                  RULES[rule][2], color=RULES[rule][1], markersize=8, markeredgecolor='white',
+                  label=rule)
+    for t in range(T):
+        axes.text(t + 0.5, L + 0.35, printable(lens.following[t], 6), **style, fontsize=12)
+    axes.text(-0.2, L + 0.35, 'next', ha='right', va='center', fontsize=12, color='#555555')
+    axes.set_xticks([t + 0.5 for t in range(T)], [printable(w, 6) for w in lens.tokens[:T]],
+                    family='DejaVu Sans Mono', fontsize=12, parse_math=False)
+    axes.set_yticks([l + 0.5 for l in range(L)], range(L), fontsize=12)
+    axes.set(ylim=(0, L + 0.7), frame_on=False)
+    axes.tick_params(length=0)
+    axes.set_ylabel('exit after block', fontsize=13)
+    axes.set_xlabel('token that was read', fontsize=13)
+    axes.set_title('The likeliest next token at each exit (bold: right; dark: sure)', fontsize=15)
+    figure.legend(loc='outside lower center', ncols=3, frameon=False, fontsize=12,
+                  title=f'leaves here at a threshold of {lens.threshold:g}')
+    with atomic_write(path) as file:
+        figure.savefig(file, format='png', dpi=150)
+
+
+def printable(text, most):
+    """As far as matplotlib's own font has it."""
+    from matplotlib import font_manager
+    font = font_manager.get_font(font_manager.findfont('DejaVu Sans Mono'))
+    known = font.get_charmap()
+    return ''.join(c if ord(c) in known else '·' for c in text[:most])
+
+
+# --------------------------------------------------------------------------------------------------
+# the page
+
+STYLE = """
+.lens { font: 16px/1.4 system-ui, sans-serif; color: #111; background: #fff; padding: 1.5em }
+.lens h1 { font-size: 1.5em; margin: 0 0 .3em }
+.lens p { margin: 0 0 1em; color: #333 }
+.lens table { border-collapse: separate; border-spacing: 2px }
+.lens th { font-weight: normal; color: #555; padding: .2em .4em; text-align: center }
+.lens th:first-child { position: sticky; left: 0; background: #fff; z-index: 1 }
+.lens th.word, .lens td { font-family: ui-monospace, monospace; color: #111; white-space: pre }
+.lens td { position: relative; min-width: 2.6em; height: 2.5em; text-align: center; cursor: default;
+  padding: 0 .3em; border-radius: 4px; outline-offset: 1px }
+.lens td:hover, .lens td:focus { outline: 2px solid #111 }
+.lens td.right { font-weight: bold }
+.lens .marks { position: absolute; right: 2px; bottom: 0; font: bold 10px sans-serif }
+.lens .marks i, .lens p i { font-style: normal; font-weight: bold; color: #fff; padding: 0 3px;
+  border-radius: 3px; margin-left: 1px }
+.lens .tip { display: none; position: absolute; z-index: 1; top: 105%; left: 0; width: 17em;
+  padding: .6em .8em; text-align: left; font: 14px/1.5 system-ui, sans-serif; color: #111;
+  white-space: normal;
+  background: #fff; border: 1px solid #777; border-radius: 6px; box-shadow: 0 3px 12px #0004 }
+.lens td:hover .tip, .lens td:focus .tip { display: block }
+.lens td:hover { z-index: 2 }
+.lens .left .tip { left: auto; right: 0 }
+.lens .up .tip { top: auto; bottom: 105% }
+.lens .tip div { display: flex; gap: .5em; align-items: center }
+.lens .tip code { width: 5em; overflow: hidden; white-space: pre }
+.lens .tip b { height: .8em; background: #0072B2 }
+"""
+
+
+def page(lens):
+    """One HTML page, with nothing to load."""
+    L, T, say = len(lens.words), len(lens.tokens), html.escape
+    legend = ' '.join(f'<i style="background:{RULES[r][1]}">{RULES[r][0]}</i> {r}'
+                      for r in lens.leaves)
+    rows = ['<tr><th>next</th>' + ''.join(f'<th class="word">{say(w)}</th>' for w in lens.following)
+            + '</tr>']
+    for layer in reversed(range(L)):
+        rows.append(f'<tr><th>{layer}</th>' + ''.join(
+            html_cell(lens, layer, t, t > T // 2, layer < L // 2) for t in range(T)) + '</tr>')
+    rows.append('<tr><th>read</th>' + ''.join(f'<th class="word">{say(w)}</th>'
+                                              for w in lens.tokens) + '</tr>')
+    safe = "default-src 'none'; style-src 'unsafe-inline'"
+    return f"""<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><title>BitSkip: a lens on one text</title>
+<meta http-equiv="Content-Security-Policy" content="{safe}">
+<style>{STYLE}</style></head>
+<body><main class="lens"><h1>What would each exit say next?</h1>
+<p>A column is a token that was read, a row the exit after a block. A cell holds the likeliest next
+token there: bold if it is right, dark if it is sure. Point at a cell for the first five.<br>
+At a threshold of {lens.threshold:g} the token leaves here: {legend}</p>
+<table>{''.join(rows)}</table></main></body></html>
+"""
+
+
+def html_cell(lens, layer, t, left, up):
+    p, words, say = lens.p[layer][t], lens.words[layer][t], html.escape
+    red, green, blue = (round(255 - (255 - full) * p[0]) for full in (8, 69, 130))
+    marks = ''.join(f'<i style="background:{RULES[r][1]}">{RULES[r][0]}</i>'
+                    for r, leaves in lens.leaves.items() if leaves[t] == layer)
+    bars = ''.join(f'<div><code>{say(w)}</code><b style="width:{8 * chance:.2f}em"></b>'
+                   f'{chance:.1%}</div>' for w, chance in zip(words, p))
+    scores = ', '.join(f'{rule} {by_layer[layer][t]:.2f}' for rule, by_layer in
+                       lens.scores.items() if layer < len(by_layer))
+    kind = ' '.join(['right'] * (words[0] == lens.following[t]) + ['left'] * left + ['up'] * up)
+    return (f'<td class="{kind}" tabindex="0" style="background:rgb({red},{green},{blue});color:'
+            f'{"#fff" if p[0] > 0.5 else "#111"}">{say(words[0])}<span class="marks">{marks}</span>'
+            f'<div class="tip">exit {layer}, after “{say(lens.tokens[t])}”{bars}{scores}</div>'
+            '</td>')
+
+
+# --------------------------------------------------------------------------------------------------
+
+def lens(model, tokenizer, text, folder, threshold=0.5):
+    """Look at the text, print the table, and write lens.png and lens.html into the folder. Returns
+    the Lens. UserError if there is no text."""
+    seen = look(model, tokenizer, text, threshold)
+    n, given = len(seen.tokens), len(list(tokenizer.encode(text)))
+    if n < given:
+        print(f'the text has {given} tokens, the first {n} are looked at')
+    print('the likeliest next token at each exit, in % below; and where each rule leaves')
+    print('\n'.join(table(seen)))
+    paths = [os.path.join(folder, f'lens.{kind}') for kind in ('png', 'html')]
+    draw(seen, paths[0])
+    with atomic_write(paths[1], 'w') as file:
+        file.write(page(seen))
+    print(f'written: {", ".join(paths)}')
+    return seen
+
+
+@dataclass
+class LensSettings:
+    """Shows what each exit of a model says about one text."""
+    text: str = 'Return the number of'  # the text to look at
+    threshold: float = 0.5  # a rule leaves where its score is above
+    out_dir: str = ''  # the run to look into; empty: the newest
+    checkpoint: str = ''  # the file in its folder; empty: ckpt.pt, or else packed.pt
+    to: str = ''  # the folder to write into; empty: the run's
+    device: str = 'auto'  # auto, cpu, cuda, cuda:1, mps
+
+    def __post_init__(self):
+        check(self, {'threshold': (0, 1)})
+
+
+def main(argv):
+    s = configure(LensSettings, argv)
+    out_dir = find_run(s.out_dir)
+    model, settings = open_model(run_file(out_dir, s.checkpoint), pick_device(s.device))
+    lens(model, get_tokenizer(settings['meta']['tokenizer']), s.text, s.to or out_dir, s.threshold)
+
+
+if __name__ == '__main__':
+    run(main)

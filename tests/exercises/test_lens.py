@@ -1,0 +1,117 @@
+"""exercises/lens.py: what it sees is what the model says, and its page needs no network."""
+import html.parser
+import shutil
+import subprocess
+
+import pytest
+import torch
+
+from checkpoint import save_checkpoint
+from configurator import UserError
+from decode import EXIT_MODES, KVCache, step_with_exits
+from exercises.lens import MOST, columns, lens, look, main, page, table
+from prepare import get_tokenizer
+
+BYTES, CHROMIUM = get_tokenizer('bytes'), shutil.which('chromium') or shutil.which('google-chrome')
+
+
+@pytest.fixture
+def model(make_model):
+    return make_model(vocab_size=256, block_size=32)
+
+
+class Cells(html.parser.HTMLParser):
+    """How many cells of a table a page has, how many of them open, and what it would load."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.cells, self.tips, self.loads, self.scripts = 0, 0, [], 0
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        attributes = dict(attributes)
+        self.cells += tag == 'td'
+        self.tips += attributes.get('class') == 'tip'
+        self.scripts += tag == 'script'
+        self.loads += [value for key, value in attributes.items() if key in ('src', 'href')]
+
+
+def test_a_cell_holds_what_the_exit_says(model):
+    text = 'def f(x):'
+    seen = look(model, BYTES, text)
+    assert len(seen.cells) == 3 * len(text)
+    assert ''.join(seen.tokens).replace('␣', ' ') == text and seen.following[-1] == ''
+    for layer in range(3):
+        logits, _ = model(torch.tensor([list(text.encode())]), exit_layer=layer)
+        p, ids = logits[0].softmax(dim=-1).topk(5)
+        torch.testing.assert_close(torch.tensor(seen.p[layer]), p)
+        assert seen.words[layer][2][0] in (repr(chr(ids[2, 0]))[1:-1], f'x{ids[2, 0]:02x}', '␣')
+
+
+@pytest.mark.parametrize('threshold', [0.0, 0.3, 0.6, 0.9, 1.0])
+def test_tokens_leave_where_decoding_lets_them_go(model, threshold):
+    """For a first token, which has none before it."""
+    for byte in b'aB(':
+        seen = look(model, BYTES, chr(byte), threshold)
+        for rule in EXIT_MODES:
+            token, cache = torch.tensor([[byte]]), KVCache(model, 1)
+            layers = step_with_exits(model, token, cache, 2, rule, threshold)[2]
+            assert seen.leaves[rule] == layers.tolist()
+
+
+@pytest.mark.parametrize('layers', [1, 3, 12, 24])
+def test_the_table_fits_into_a_terminal(make_model, layers):
+    model = make_model(vocab_size=256, n_layer=layers, gate_dim=0)
+    seen = look(model, BYTES, 'a\tb\né漢')
+    lines = table(seen)
+    assert max(map(columns, lines)) <= 79 and len(lines) == 1 + 2 * len(seen.tokens)
+    assert f' {layers - 1}' in lines[0] and 'gate' not in lines[0] and 'conf' in lines[0]
+
+
+def test_a_page_is_whole_and_loads_nothing(model, tmp_path, capsys):
+    lens(model, BYTES, '<script>alert("$x$")&amp;', str(tmp_path))
+    text = (tmp_path / 'lens.html').read_text(encoding='utf-8')
+    found = Cells(text)
+    assert found.cells == found.tips == 3 * 25 and not found.loads and not found.scripts
+    assert 'http' not in text.replace('http-equiv', '') and "default-src 'none'" in text
+    assert (tmp_path / 'lens.png').read_bytes()[:4] == b'\x89PNG'
+    told = capsys.readouterr().out
+    assert 'lens.png' in told and 'lens.html' in told
+
+
+def test_long_texts_are_cut_and_no_text_is_one_sentence(model, make_model, tmp_path, capsys):
+    lens(make_model(vocab_size=256, block_size=128), BYTES, 'x' * 100, str(tmp_path))
+    assert f'has 100 tokens, the first {MOST} are' in capsys.readouterr().out
+    assert len(look(model, BYTES, 'x' * 100).tokens) == 32  # block_size
+    with pytest.raises(UserError, match='no text to look at'):
+        look(model, BYTES, '')
+
+
+@pytest.mark.skipif(not CHROMIUM, reason='chromium shows the page')
+def test_a_browser_opens_each_cell(model, tmp_path):
+    """Each cell, once it has the focus, shows its five guesses inside the window."""
+    script = """<script>
+      const cells = [...document.querySelectorAll('td')]
+      const opened = cells.filter(cell => {
+        cell.focus()
+        const tip = cell.querySelector('.tip'), box = tip.getBoundingClientRect()
+        return getComputedStyle(tip).display == 'block' && tip.querySelectorAll('code').length == 5
+          && box.left >= 0 && box.top >= 0 && box.right <= innerWidth })
+      document.title = opened.length + ' of ' + cells.length + ' open'
+    </script></body>"""
+    text = page(look(model, BYTES, 'Return the number of')).replace('</body>', script)
+    (tmp_path / 'page.html').write_text(
+        text.replace('http-equiv="Content-Security-Policy"', ''), encoding='utf-8')
+    done = subprocess.run([CHROMIUM, '--headless', '--no-sandbox', '--disable-gpu', '--dump-dom',
+                           '--window-size=1600,900', f'--user-data-dir={tmp_path}/profile',
+                           f'file://{tmp_path}/page.html'], capture_output=True, text=True)
+    assert '<title>60 of 60 open</title>' in done.stdout, done.stdout[:300] + done.stderr[-300:]
+
+
+def test_the_command_looks_into_a_run(model, tmp_path, capsys):
+    from dataclasses import asdict
+    save_checkpoint(str(tmp_path / 'ckpt.pt'), {
+        'model': model.state_dict(), 'settings': asdict(model.config), 'progress': {},
+        'meta': {'tokenizer': 'bytes', 'splits': {'val': {}}}, 'model_class': 'model:BitSkip'})
+    main([f'--out_dir={tmp_path}', '--text=ab', f'--to={tmp_path}/slides', '--threshold=0.9'])
+    assert (tmp_path / 'slides' / 'lens.png').exists() and 'conf' in capsys.readouterr().out
