@@ -5,7 +5,8 @@ from exercises.hints import same
 from papers.measures import LADDER
 
 PLACES = {1: 'Block', 2: 'HBitLinear Block', 3: 'HBitLinear Block', 4: 'BitSkip', 5: 'BitSkip',
-          6: 'losses exit_loss', 7: 'exit_loss losses BitSkip', 8: 'routing_loss', 9: 'main Block BitSkip'}
+          6: 'losses exit_loss', 7: 'exit_loss losses BitSkip', 8: 'routing_loss',
+          9: 'main Block BitSkip'}
 
 
 def test_every_difference_has_its_place(student):

@@ -33,7 +33,8 @@ from checkpoint import find_run, open_model
 from common import keep_freed_memory
 from configurator import UserError, configure, run
 from eval_exits import bits_per_byte, evaluate, measure_speed, perplexity
-from export.gguf import last_merge, require_arcee, spelling
+from export import last_merge, spelling
+from export.gguf import require_arcee
 from fast.packed import to_ternary
 from model import BitSkip
 from prepare import HUB, data_of, get_tokenizer

@@ -377,6 +377,6 @@ def test_a_checkpoint_whose_parts_do_not_fit_is_refused(reopen, change):
 
 def test_a_checkpoint_of_a_diverged_model_is_refused(make_model, reopen):
     model = make_model(linear='fp')
-    nn.init.constant_(model.head.weight, math.nan)
+    nn.init.constant_(model.head.weight, math.inf)
     with pytest.raises(UserError, match='not finite.* has diverged'):
         reopen(model)

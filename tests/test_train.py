@@ -81,6 +81,15 @@ def test_targets_are_the_next_token():
     assert idx.min() == 0 and targets.max() == 19
 
 
+def test_micro_batches_follow_from_seed_step_and_number_alone():
+    """What resuming and distribution rest on: earlier use of the generator leaves no trace."""
+    def draw(*key):
+        train.seed_microbatch(*key)
+        return tuple(torch.rand(4).tolist())
+    assert draw(7, 3, 1) == draw(7, 3, 1) and len({draw(*key) for key in (
+        (7, 3, 1), (8, 3, 1), (7, 1, 3), (7, 3, 2), (7, 4, 1), (7, 31, 0), (73, 1, 0))}) == 7
+
+
 def test_weight_decay_is_on_matrices_only():
     model = BitSkip(BitSkipConfig.of(RUN | {'vocab_size': 7}))
     decayed, others = train.make_optimizer(model, TrainSettings(beta1=0.8)).param_groups

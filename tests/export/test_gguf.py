@@ -9,6 +9,7 @@ from torch.testing import assert_close
 from checkpoint import save_checkpoint
 from configurator import UserError
 from export import gguf as ours
+from export import spelling
 from prepare import get_tokenizer
 from quant import activation_quant, weight_ternary
 
@@ -118,7 +119,7 @@ def test_arcee_computes_what_the_model_computes(export, tokens, type, exit_layer
 
 def encode(settings, words):
     """BPE as GPT-2's authors wrote it, by the rank of merges: token ids of the words (bytes)."""
-    spell = ours.spelling(get_tokenizer('bytes'))[0]
+    spell = spelling(get_tokenizer('bytes'))[0]
     ids = {token: i for i, token in enumerate(settings['tokenizer.ggml.tokens'])}
     rank = {tuple(m.split(' ')): i for i, m in enumerate(settings['tokenizer.ggml.merges'])}
     for word in words:

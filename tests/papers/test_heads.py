@@ -96,7 +96,7 @@ def test_causality_cache_and_leaving(tokens, exit_head):
 def test_starts_as_the_finished_model(tokens, exit_head):
     ours = finished()
     model = Heads(HeadsSettings(**TINY | EXITS | dict(exit_head=exit_head))).eval()
-    model.load_state_dict(ours.state_dict(), strict=False)
+    model.load_state_dict(model.adopt(ours.state_dict()), strict=False)
     torch.testing.assert_close(all_exits(model, tokens()), all_exits(ours, tokens()))
 
 
@@ -107,7 +107,7 @@ def test_frozen(tokens, exit_head):
     s = HeadsSettings(**TINY | EXITS | dict(exit_head=exit_head, frozen=True, init_from='out/x',
                                             distill=0.5, dropout=0.1, p_max=0.7))
     model = Heads(s)
-    model.load_state_dict(ours.state_dict(), strict=False)
+    model.load_state_dict(model.adopt(ours.state_dict()), strict=False)
     before = {name: p.clone() for name, p in model.named_parameters()}
     full, optimizer = all_exits(ours, tokens())[-1], make_optimizer(model, s)
     for _ in range(3):
