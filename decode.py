@@ -12,6 +12,8 @@ CALM, Schuster et al., 2022). So the cache never has a hole.
     exit_mode = 'confidence'    at the first l whose likeliest token has more probability (CALM)
     exit_mode = 'saturation'    at the first l with cos(h_l, h_{l-1}) > threshold: little changed
 """
+import importlib
+
 import torch
 import torch.nn.functional as F
 
@@ -222,12 +224,15 @@ def exit_score(model, h, before, layer, mode):
     logits = model.head(model.exit_state(h, layer)).float()
     return F.softmax(logits, dim=-1).amax(dim=-1)  # CALM
 
-def fast_room(required=False):
-    """The side room fast/, which decodes quicker, or None where its folder is gone (UserError if
-    it is required). This is the one import of a side room in the core."""
+def side_room(name, required=False):
+    """The module `name` of a side room, or None where its folder is gone (UserError if it is
+    required). This is the one way from the core to a side room."""
     try:
-        import fast
-        return fast
-    except ImportError:
+        return importlib.import_module(name)
+    except ModuleNotFoundError:
         if required:
-            raise UserError('this needs the folder fast/, which is not here') from None
+            raise UserError(f'this needs {name}, whose folder is not here') from None
+
+def fast_room(required=False):
+    """fast/, which decodes quicker."""
+    return side_room('fast', required)

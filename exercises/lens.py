@@ -9,7 +9,8 @@ the mouse. A column is a token that was read, a row is an exit, and a cell holds
 token there. The darker it is, the surer. A rule lets a token go at the first exit where its score
 is above the threshold:
 
-    gate          p_l of A6                     confidence    the largest probability
+    gate          p_l of A6, if it was trained
+    confidence    the largest probability
     saturation    cos(h_l, h_{l-1})
 
 All states are those of full depth, as if no earlier token had left. (In decode.py a token that has
@@ -63,7 +64,8 @@ def look(model, tokenizer, text, threshold=0.5):
     was_training = model.training
     model.eval()
     idx = torch.tensor([ids[:n]], device=model.device)
-    scores = {rule: [] for rule in EXIT_MODES if rule != 'gate' or len(model.gates)}
+    trained = len(model.gates) and model.config.lambda_r
+    scores = {rule: [] for rule in EXIT_MODES if rule != 'gate' or trained}
     words, p, before = [], [], model.embed(idx)
     for layer, h in enumerate(model.hidden_states(idx)):
         chances = model.head(model.exit_state(h, layer))[0].float().softmax(dim=-1)  # (T, V)

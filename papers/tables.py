@@ -5,7 +5,7 @@ Print what was measured (papers/results), one table by name:
     python -m papers.tables --table=ladder
     python -m papers.tables --write=True       all of them into papers/README.md, between their marks
 
-All losses are of test text, ternary weights. "±" is the standard deviation over seeds. An interval
+Losses are of test text, ternary weights. "±" is the standard deviation over seeds. An interval
 in brackets holds 95% of 2,000 resamplings of documents and seeds (a paired bootstrap).
 """
 import math

@@ -58,12 +58,6 @@ def test_config_refuses_in_one_sentence(wrong):
     assert '\n' not in str(error.value)
 
 
-def test_config_of_larger_settings():
-    config = BitSkipConfig.of({'n_layer': 3, 'linear': 'fp', 'learning_rate': 1.0})
-    assert config == BitSkipConfig(n_layer=3, linear='fp')
-    assert [BitSkipConfig(n_layer=n).target_exit for n in (1, 3, 12, 24)] == [0, 1, 6, 12]
-
-
 def test_init_scales_down_what_writes_to_the_residual_stream():
     model = BitSkip(BitSkipConfig(vocab_size=500, n_layer=8, n_embd=128, ffn_dim=256, gate_dim=0))
     for name, p in model.named_parameters():

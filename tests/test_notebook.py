@@ -7,7 +7,7 @@ from conftest import ROOT
 
 PATH = ROOT / 'notebook.ipynb'
 CELLS = json.loads(PATH.read_text(encoding='utf-8'))['cells']
-QUICK = {'STEPS = 600': 'STEPS = 5', 'TEXT = 2_000_000': 'TEXT = 20_000'}
+QUICK = {'STEPS = minimal.STEPS': 'STEPS = 5', 'TEXT = 2_000_000': 'TEXT = 20_000'}
 
 
 def test_it_is_kept_without_outputs_and_its_lines_are_short():

@@ -17,7 +17,7 @@ BYTES, CHROMIUM = get_tokenizer('bytes'), shutil.which('chromium') or shutil.whi
 
 @pytest.fixture
 def model(make_model):
-    return make_model(vocab_size=256, block_size=32)
+    return make_model(vocab_size=256, block_size=32, lambda_r=0.2)
 
 
 class Cells(html.parser.HTMLParser):
@@ -61,7 +61,7 @@ def test_tokens_leave_where_decoding_lets_them_go(model, threshold):
 
 @pytest.mark.parametrize('layers', [1, 3, 12, 24])
 def test_the_table_fits_into_a_terminal(make_model, layers):
-    model = make_model(vocab_size=256, n_layer=layers, gate_dim=0)
+    model = make_model(vocab_size=256, n_layer=layers)  # of untrained gates
     seen = look(model, BYTES, 'a\tb\né漢')
     lines = table(seen)
     assert max(map(columns, lines)) <= 79 and len(lines) == 1 + 2 * len(seen.tokens)
