@@ -31,7 +31,7 @@ def product(x_codes, x_scale, codes, scale):
     if not integers_serve(x_codes, codes, scale):
         return F.linear(x_codes * x_scale, dequantize(codes, scale))
     y = torch._int_mm(x_codes.reshape(-1, x_codes.shape[-1]), codes.t()).float()  # (N, out)
-    return y.view(*x_codes.shape[:-1], -1).mul_(x_scale * scale.reshape(-1))
+    return y.view(*x_codes.shape[:-1], len(codes)).mul_(x_scale * scale.reshape(-1))
 
 
 class PackedLinear(nn.Module):
@@ -72,7 +72,7 @@ class PackedLinear(nn.Module):
             return product(x_codes, x_scale, self.codes, self.scale).to(x.dtype)
         y = triton_ternary.ternary_matmul(x_codes.flatten(0, -2), self.codes, self.in_features,
                                           x_scale.flatten(0, -2), self.scale)
-        return y.view(*x.shape[:-1], -1).to(x.dtype)
+        return y.view(*x.shape[:-1], self.out_features).to(x.dtype)
 
 
 class Int8Rows(nn.Module):

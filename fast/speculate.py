@@ -48,16 +48,16 @@ from fast import quick_decoder
 from prepare import data_of
 
 LENGTHS = (1, 2, 3, 4, 6)  # how many drafts a pass of the sweep has, at most
-CONFIDENCE = 0.0
+CONFIDENCE = 0.2  # a greedy draft whose probability is less is not worth checking
 
 
 def speculate(model, idx, max_new_tokens, draft_layer, draft_len=4, temperature=1.0, top_k=None,
-              generator=None, decoder=None, confidence=CONFIDENCE):
+              generator=None, decoder=None):
     """Continue idx (1, T) int64 as decode.stream does at full depth. Yield, for each pass, the
     tokens (1, n) int64 that it brought, and how many it had drafted: n - 1 of them were accepted.
 
-    draft_layer: the exit k that drafts. draft_len: how many tokens a pass drafts, at most. It stops
-    where the likeliest draft has a probability below `confidence`. decoder: what runs the model, if
+    draft_layer: the exit k that drafts. draft_len: how many tokens a pass drafts, at most; at
+    temperature 0 it stops where exit k is not sure (CONFIDENCE). decoder: what runs the model, if
     not PyTorch. ValueError on settings that the model cannot follow."""
     L = model.config.n_layer
     if not 0 <= draft_layer < L - 1:
@@ -71,6 +71,7 @@ def speculate(model, idx, max_new_tokens, draft_layer, draft_len=4, temperature=
     require_sampling(idx, temperature, top_k)
     decoder = decoder or Decoder(model)
     in_c = hasattr(decoder, 'draft') and top_k is None
+    confidence = CONFIDENCE if temperature == 0 else 0.0
     how = dict(temperature=temperature, top_k=top_k)
 
     def draft(new, most):

@@ -5,8 +5,8 @@ Print what was measured (papers/results), one table by name:
     python -m papers.tables --table=ladder
     python -m papers.tables --write=True       all of them into papers/README.md, between their marks
 
-Losses are of test text, ternary weights. "±" is the standard deviation over seeds. An interval
-in brackets holds 95% of 2,000 resamplings of documents and seeds (a paired bootstrap).
+Losses are of test text, ternary weights. "±" is the standard deviation over seeds. Brackets hold
+95% of 2,000 resamplings of documents and seeds (a paired bootstrap).
 """
 import math
 import re

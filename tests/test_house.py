@@ -90,4 +90,4 @@ def test_the_core_alone_prepares_trains_samples_and_evaluates(core_alone):
     for told in ('prepared data/text-bytes', 'hbitlinear', 'step 3: val loss', 'run: out/run',
                  'decoding: PyTorch', '5 tokens', 'speeds: PyTorch'):
         assert told in done.stdout, (told, done.stderr)
-    assert (core_alone / 'eval.json').exists() and 'needs the folder fast/' in done.stderr
+    assert (core_alone / 'eval.json').exists() and 'is not here' in done.stderr
