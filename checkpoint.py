@@ -97,8 +97,11 @@ def open_model(path, device='cpu'):
     """(model, settings) of a checkpoint: a BitSkip or the subclass that it names, in eval mode, and
     its run's settings, with the `meta` of its data. UserError if its parts do not fit together."""
     checkpoint = load_checkpoint(path, device)
-    settings, state = of_today(checkpoint['settings']), checkpoint['model']
+    state = checkpoint['model']
     try:
+        settings = of_today(checkpoint['settings'])
+        if settings.get('n_layer', 0) > len(state):
+            raise ValueError(f"it has no {settings['n_layer']} layers")  # do not build them first
         if checkpoint.get('packed'):
             model = fast_room(required=True).load_packed(checkpoint)
         else:
@@ -106,9 +109,9 @@ def open_model(path, device='cpu'):
             with torch.device('meta'):  # nothing is allocated before all fits
                 model = Model(Model.Config.of(settings))
             model.load_state_dict({name: w.float() for name, w in state.items()}, assign=True)
-    except (RuntimeError, ValueError, TypeError, AttributeError, KeyError) as error:
-        why = ' '.join(str(error).split())[:160]
-        raise UserError(f'{path} is a checkpoint of another model ({why})') from None
+    except (UserError, RuntimeError, ValueError, TypeError, AttributeError, KeyError) as error:
+        why = ' '.join(str(error).split())[:200]
+        raise UserError(f'{path} cannot be opened as a model: {why}') from None
     if not all(w.isfinite().all() for w in state.values()):
         raise UserError(f'{path} has weights that are not finite: its training has diverged')
     return model.to(device).eval(), settings | {'meta': checkpoint['meta']}

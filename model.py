@@ -282,7 +282,7 @@ class BitSkip(nn.Module):
         ee = quant = route = torch.zeros((), device=h.device)
         if earlier and config.lambda_ee:
             ee = self.exit_loss(earlier, self.exit_targets(idx, targets))  # A4
-        if earlier and config.lambda_q:
+        if config.lambda_q and len(states) >= config.n_layer:
             quant = quantization_loss(self)  # A8
         if earlier and config.lambda_r and self.gates:
             route = self.gate_loss(earlier, h)  # A9

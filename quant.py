@@ -135,7 +135,7 @@ def project(x, *layers):
     """[layer(x) for layer in layers], layers of one kind, as one product: q, k and v share their
     input, which is prepared and quantized once."""
     first = layers[0]
-    if type(first).forward is not BitLinear.forward or first.latent:
+    if any(type(layer).forward is not BitLinear.forward or layer.latent for layer in layers):
         return [layer(x) for layer in layers]
     codes, scales = zip(*(layer.ternary() for layer in layers))
     rows = [torch.atleast_2d(scale).expand(len(c), -1) for c, scale in zip(codes, scales)]

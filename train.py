@@ -77,8 +77,7 @@ class TrainSettings(BitSkipConfig):
         if self.gate_dim and self.lambda_r and self.gate_loss == 'cost':
             check(self, {'target_exit': (0, self.n_layer - 1)})
 
-class Diverged(UserError):
-    """Loss or gradient are not finite any more."""
+class Diverged(UserError): ...
 
 def get_lr(step, s):
     """The learning rate of step 0, 1, ... max_iters-1."""
@@ -177,8 +176,8 @@ def resume(model, optimizer, saved, s, is_main):
         why = ' '.join(str(error).split())[:120]
         raise UserError(f'{path(s, "last.pt")} does not fit these settings ({why})') from None
     log_path, size = path(s, 'log.jsonl'), saved['progress'].get('log_size', math.inf)
-    if is_main and os.path.exists(log_path):
-        os.truncate(log_path, min(os.path.getsize(log_path), size))  # the rest is logged again
+    if is_main and os.path.exists(log_path) and os.path.getsize(log_path) > size:
+        os.truncate(log_path, size)  # the rest is logged again
     return dict(saved['progress'])
 
 def read_settings(argv, Settings):
@@ -196,14 +195,15 @@ def read_settings(argv, Settings):
         old = of_today(saved['settings'])
         base = {f.name: old[f.name] for f in fields(Settings) if f.name in old}
         values = collect(Settings, [a for a in argv if not (resumes and a in configs)], base)
+        for key in (*BitSkipConfig.__dataclass_fields__, 'dataset', 'tokenizer', 'seed'):
+            if resumes and values[key] != base.get(key, values[key]):
+                raise UserError(f'{out_dir} has {key}={base[key]!r}; a run that goes on keeps that')
     return build(Settings, values | {'out_dir': out_dir, 'init_from': init_from}), saved
 
 def load_data(s, saved, processes):
     """meta, training tokens, validation tokens. A run that is resumed goes on with its own."""
     if s.init_from == 'resume':
-        own = saved['settings'] | {'meta': saved['meta']}
-        if (s.dataset, s.tokenizer) != (own['dataset'], own['tokenizer']):
-            raise UserError(f'{s.out_dir} is a run on {own["dataset"]}, and a run keeps its text')
+        own = asdict(s) | {'meta': saved['meta']}
         return *data_of(own, 'train'), data_of(own, 'val')[1]
     folder = processes.first_then_all(
         lambda: prepare(s.dataset, s.tokenizer, s.source, s.data_dir))
@@ -268,10 +268,9 @@ def loop(s, model, optimizer, progress, data, processes):
     """Steps and evaluations to the end: True. Ctrl-C saves after the step under way: False."""
     meta, train_tokens, val_tokens = data
     main_process, finished = processes.is_main, False
-    module = model  # a block that all samples skip has no gradient: DDP must look for such
-    if processes.world > 1:
-        module = DistributedDataParallel(model, find_unused_parameters=True,
-                                         gradient_as_bucket_view=True)
+    module = model
+    if processes.world > 1:  # (a block that all samples skip has no gradient: find_unused)
+        module = DistributedDataParallel(model, find_unused_parameters=True)
     bar = tqdm(total=s.max_iters, initial=progress['iter'], disable=None if main_process else True,
                bar_format='{n}/{total} |{bar:10}| {desc} ETA {remaining}', dynamic_ncols=True)
     clock = time.perf_counter() - progress['seconds']
@@ -313,7 +312,8 @@ def loop(s, model, optimizer, progress, data, processes):
             speed = tokens_per_step / (time.perf_counter() - started)
             progress |= {'iter': done + 1, 'seconds': time.perf_counter() - clock}
             if main_process and progress['iter'] % s.log_interval == 0:
-                log(s, **losses, lr=get_lr(done, s), grad_norm=norm, tok_per_s=speed, **progress)
+                log(s, iter=done + 1, **losses, lr=get_lr(done, s), grad_norm=norm,
+                    tok_per_s=speed, seconds=progress['seconds'])
             bar.set_description_str(f'loss {losses["ce"]:.3f} {speed / 1000:.1f}k tok/s', False)
             bar.update()
     bar.close()
@@ -329,8 +329,8 @@ def main(argv, Settings=TrainSettings, Model=BitSkip):
     s, saved = read_settings(argv, Settings)
     if s.n_embd >= 512 and pick_device(s.device).type == 'cpu':
         say('a model of this size trains for days on a CPU; add config/cpu.py to train for minutes')
-    is_main = os.environ.get('RANK', '0') == '0'
-    with exclusive(s.out_dir, wait=False) if is_main else nullcontext(True) as mine:
+    alone = os.environ.get('RANK', '0') == '0'
+    with exclusive(s.out_dir, wait=False) if alone else nullcontext(True) as mine:
         if not mine:
             raise UserError(f'{s.out_dir} is being trained by another process; wait until it ends, '
                             'or name another folder: --out_dir=...')

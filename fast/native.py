@@ -18,7 +18,6 @@ import contextlib
 import ctypes
 import functools
 import hashlib
-import math
 import os
 import pathlib
 import platform

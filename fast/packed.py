@@ -29,7 +29,7 @@ INFERENCE = ('forward', 'hidden_states', 'embed', 'run_block', 'rope', 'exit_sta
 def product(x_codes, x_scale, codes, scale):
     """x^ W^: (..., in) int8, (..., 1), (out, in) int8, () or (out, 1) -> (..., out) float32."""
     if not integers_serve(x_codes, codes, scale):
-        return F.linear(x_codes * x_scale, dequantize(codes, scale))
+        return F.linear(x_codes * x_scale, dequantize(codes, scale.float()))
     y = torch._int_mm(x_codes.reshape(-1, x_codes.shape[-1]), codes.t()).float()  # (N, out)
     return y.view(*x_codes.shape[:-1], len(codes)).mul_(x_scale * scale.reshape(-1))
 

@@ -3,7 +3,7 @@ Print what was measured (papers/results), one table by name:
 
     python -m papers.tables                    which tables there are, and how much of each is done
     python -m papers.tables --table=ladder
-    python -m papers.tables --write=True       all of them into papers/README.md, between their marks
+    python -m papers.tables --write=True       all of them into papers/README.md, at their marks
 
 Losses are of test text, ternary weights. "±" is the standard deviation over seeds. Brackets hold
 95% of 2,000 resamplings of documents and seeds (a paired bootstrap).

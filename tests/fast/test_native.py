@@ -1,5 +1,5 @@
-"""Native decoding: the numbers of PyTorch, bit for bit the same whatever computes them, and a reason
-wherever it cannot be had."""
+"""Native decoding: the numbers of PyTorch, bit for bit the same whatever computes them, and a
+reason wherever it cannot be had."""
 import itertools
 import math
 import os
@@ -197,8 +197,10 @@ print('defined')
 def test_behaviour_is_defined(tmp_path):
     """An index past the declared end of an array worked with GCC 12. GCC 14 then left out the zeros
     behind an input whose width is no multiple of 16: wrong logits, with AVX-512 alone."""
-    env = os.environ | {'PYTHONPATH': str(native.SOURCE.parents[1]), 'XDG_CACHE_HOME': str(tmp_path)}
-    done = subprocess.run([sys.executable, '-c', SANITIZED], capture_output=True, text=True, env=env)
+    root = str(native.SOURCE.parents[1])
+    env = os.environ | {'PYTHONPATH': root, 'XDG_CACHE_HOME': str(tmp_path)}
+    done = subprocess.run([sys.executable, '-c', SANITIZED], capture_output=True, text=True,
+                          env=env)
     if done.stdout.startswith('not here'):
         pytest.skip(done.stdout)
     assert done.stdout == 'defined\n', done.stdout + done.stderr
@@ -282,7 +284,8 @@ def test_a_layer_without_the_tokens_before_is_refused(make):
 
 @pytest.mark.parametrize('arguments, options, message', [
     ([], {}, 'one or more'), ([31], {}, '0 to 30'), ([-1], {}, '0 to 30'),
-    (torch.zeros(2, 3, dtype=torch.int64), {}, 'one text at a time'), ([1] * 49, {}, 'block_size=48'),
+    (torch.zeros(2, 3, dtype=torch.int64), {}, 'one text at a time'),
+    ([1] * 49, {}, 'block_size=48'),
     ([1], dict(n_logits=2), 'n_logits'), ([1], dict(exit_layer=3), 'layers are 0 to 2'),
     ([1], dict(exit_layer=-2), 'layers are 0 to 2'), ([1], dict(exit_mode='often'), 'exit_mode')])
 def test_impossible_steps(make, arguments, options, message):

@@ -158,8 +158,8 @@ def test_codes_follow_the_device(make_model, tokens, monkeypatch):
     layer, logits = small.blocks[0].attn.q, small(tokens())[0]
     with monkeypatch.context() as patch:
         patch.setattr(triton_ternary, 'available', lambda device_type: (True, 'forced'))
-        patch.setattr(triton_ternary, 'ternary_matmul', lambda x, two_bit, k, *scales: packed.product(
-            x, scales[0], triton_ternary.unpack_2bit(two_bit, k), scales[1]))
+        patch.setattr(triton_ternary, 'ternary_matmul', lambda x, w, k, *scales: packed.product(
+            x, scales[0], triton_ternary.unpack_2bit(w, k), scales[1]))
         assert_close(small(tokens())[0], logits)
         assert layer.codes.dtype == torch.uint8 and layer.codes.numel() == 32 * 32 // 4
         state = packed_state(small)

@@ -7,7 +7,6 @@ import torch
 
 from decode import Decoder, sample, stream
 from fast import native
-from fast.packed import to_ternary
 from fast.speculate import accept, distribution, speculate
 
 KINDS = {
@@ -118,7 +117,8 @@ def chi_square(counts, p):
 
 def test_accepted_and_replaced_drafts_are_distributed_as_p():
     """And a replacement drawn from p, instead of what q leaves of it, would be noticed."""
-    P = torch.tensor([[0.5, 0.3, 0.15, 0.05, 0], [0.1, 0.2, 0.3, 0.4, 0], [0.2, 0.2, 0.2, 0.2, 0.2]])
+    P = torch.tensor([[0.5, 0.3, 0.15, 0.05, 0], [0.1, 0.2, 0.3, 0.4, 0],
+                      [0.2, 0.2, 0.2, 0.2, 0.2]])
     Q = torch.tensor([[0.1, 0.45, 0.0, 0.25, 0.2], [0.3, 0.4, 0.2, 0.1, 0.0]])
     firsts, wrong, pairs = torch.zeros(5), torch.zeros(5), torch.zeros(5, 5)
     for _ in range(3000):
