@@ -8,17 +8,17 @@ model.py is the same model with settings and fast twins. The tests hold it to th
     A2 activation_quant    A5 skip_block    A8 quantization_loss
     A3 HBitLinear, fwht    A6 Gate          A9 routing_loss
 
-    python minimal.py       trains two minutes on two CPU cores, and reads the model at every exit
+    python minimal.py       trains two minutes on two CPU cores: PPL 14 at exit 0, 9 at exit 5
     python minimal.py 20    trains 20 steps
 """
 import math
 import sys
 
+from prepare import documents
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-
-from prepare import documents
 
 L, C, FFN = 6, 128, 256  # blocks (numbered 0 ... L-1), width, inner width of the FFN
 HEADS, KV_HEADS = 4, 2  # heads of queries; heads of keys and values, each for two of queries
@@ -188,7 +188,7 @@ if __name__ == '__main__':
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.param_groups[0]['lr'] = LR * min(1, 10 * (step + 1) / steps, 3 - 3 * step / steps)
         optimizer.step()
-        if step % 50 == 0 or step == steps - 1:
+        if step % 100 == 0 or step == steps - 1:
             print(f'step {step}:', ', '.join(f'{name} {part:.4f}' for name, part in parts.items()))
     model.eval().requires_grad_(False)
     windows = val.unfold(0, T + 1, T)[:steps]  # one after the other, at most so many as steps

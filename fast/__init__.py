@@ -3,12 +3,10 @@ The side room of speed. The core asks it for a quick decoder (decode.fast_room).
 is gone, the core goes on in plain PyTorch. Nothing is imported before it is needed.
 """
 
-
 def load_packed(checkpoint):
     """The model of a checkpoint that export/pack.py wrote, in eval mode (packed.py)."""
     from fast import packed
     return packed.load_packed(checkpoint)
-
 
 def quick_decoder(model):
     """What decodes one text quickest: (a model, its decoder or None for PyTorch, how in words).
@@ -30,7 +28,6 @@ def quick_decoder(model):
         return model, native.Decoder(model), f'{native.available()[1]}, int8 head'
     except (native.BuildError, ValueError) as error:
         return model, None, f'PyTorch, packed weights, int8 head; not in C: {error}'
-
 
 def draft_and_check(model, idx, max_new_tokens, *settings, **options):
     """decode.stream, with the first blocks drafting what all blocks check (speculate.py)."""

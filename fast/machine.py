@@ -8,7 +8,6 @@ import torch
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 
-
 def machine(device):
     """The processor that `device` (a name or torch.device) is, the threads of a CPU, and torch."""
     device = torch.device(device)
@@ -19,7 +18,6 @@ def machine(device):
         name = name if device.type == 'cpu' else f'{name}, {device.type}'
     return f'{name}, torch {torch.__version__}'
 
-
 def processor():
     if os.path.exists('/proc/cpuinfo'):
         with open('/proc/cpuinfo') as file:
@@ -27,7 +25,6 @@ def processor():
                 if line.startswith('model name'):
                     return line.split(':')[1].strip()
     return platform.processor() or platform.machine()
-
 
 def commit():
     """The commit of the code, with a + where the code differs from it; '' without git."""

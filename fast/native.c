@@ -501,6 +501,8 @@ INLINE void multiply_rows(Run *run, int i, int t, Kernel *kernel) {
     const Linear *L = run->L;
     int blocks = up_to(LANES, L->cols) / LANES, rows = L->rows - i * LANES;
     int n = smaller(GROUP, run->T - t);
+    // what is stored: w + 1, or the upper halves of w + 128; of the lower ones 7.5 is the mean
+    float unit = L->w_bits == 2 ? 1 : 16, excess = L->w_bits == 2 ? 1 : 120.5f;
     const int8_t *x[GROUP] = {0};
     Sums sums[GROUP];
     for (int j = 0; j < n; j++) x[j] = slot(run, t + j)->data;
@@ -509,11 +511,8 @@ INLINE void multiply_rows(Run *run, int i, int t, Kernel *kernel) {
         const Slot *s = slot(run, t + j);
         const float *scales = L->scales + i * LANES;
         float *out = run->out + (int64_t)(t + j) * run->out_stride + i * LANES, y[LANES];
-        if (L->w_bits == 2)  // w + 1
-            for (int r = 0; r < LANES; r++) y[r] = (float)(sums[j][r] - s->sum);
-        else  // the upper halves of w + 128; of the lower ones the mean, 7.5
-            for (int r = 0; r < LANES; r++) y[r] = 16.0f * sums[j][r] - 120.5f * s->sum;
-        for (int r = 0; r < LANES; r++) y[r] = y[r] * s->scale * scales[r];
+        for (int r = 0; r < LANES; r++)
+            y[r] = (unit * sums[j][r] - excess * s->sum) * s->scale * scales[r];
         if (run->add) for (int r = 0; r < LANES; r++) out[r] += y[r];
         else memcpy(out, y, smaller(LANES, rows) * sizeof *y);
     }

@@ -41,20 +41,17 @@ FLAGS = ['-std=gnu11', '-O3', '-shared', '-fPIC', '-pthread', '-ffp-contract=off
 ISAS = ('portable C', 'AVX2', 'AVX-512 VNNI')  # by native.c's numbers
 MARGIN = 4.0  # nats: words that much less likely than the likeliest have logits of 4-bit weights
 
-
 # --------------------------------------------------------------------------------------------------
 # the library
 
 class BuildError(RuntimeError):
     """Why there is no library, in one sentence."""
 
-
 def available():
     """(True, how) if this machine can decode natively, else (False, why not). The first call
     compiles."""
     lib, how = library()
     return lib is not None, how
-
 
 @functools.cache
 def library():
@@ -70,7 +67,6 @@ def library():
     lib.bitskip_draft.argtypes, lib.bitskip_draft.restype = [decoder, draft], None
     lib.bitskip_workspace.argtypes, lib.bitskip_workspace.restype = [decoder], ctypes.c_int64
     return lib, f'native decoding ({ISAS[lib.bitskip_isa()]})'
-
 
 def compiled(folder):
     """The path of the library in `folder`, compiled if it is not there. BuildError if it cannot be.
@@ -93,10 +89,8 @@ def compiled(folder):
         file.write(library)
     return path
 
-
 def digest(data):
     return hashlib.sha256(data).hexdigest()[:16]
-
 
 def compile_library(compiler):
     """The bytes of native.c as a library. compiler: a command, with arguments if need be."""
@@ -112,7 +106,6 @@ def compile_library(compiler):
             message = str(error)
     raise BuildError(f'the C compiler {compiler} fails on native.c: {message[:200]}')
 
-
 def cache_folder():
     """The folder for compiled libraries in the user's cache. Where others could write into it, or
     we cannot: one for this process."""
@@ -126,11 +119,9 @@ def cache_folder():
             return folder
     return pathlib.Path(temporary_folder().name)
 
-
 @functools.cache
 def temporary_folder():
     return tempfile.TemporaryDirectory(prefix='bitskip-')  # removed at exit
-
 
 # --------------------------------------------------------------------------------------------------
 # layouts
@@ -162,12 +153,10 @@ def ternary_blocks(codes):
     c = in_tiles((codes + 1).to(torch.uint8))  # (rows / 16, cols / 16, s, r, j)
     return (c[:, :, 0] | c[:, :, 1] << 2 | c[:, :, 2] << 4 | c[:, :, 3] << 6).flatten(2)
 
-
 def int4_blocks(codes):
     """codes (rows, cols) int8 -> (rows / 16, cols / 16, 2, 64) uint8: the upper halves of + 128."""
     c = in_tiles(codes).flatten(3).view(torch.uint8) ^ 128  # (rows / 16, cols / 16, 4, 64)
     return c[:, :, ::2] >> 4 | c[:, :, 1::2] & 240
-
 
 def in_tiles(x):
     """(rows, cols) -> (rows / 16, cols / 16, 4, 16, 4), both rounded up: [R, b, s, r, j] is row
@@ -176,14 +165,12 @@ def in_tiles(x):
     tiles = x.unflatten(1, (-1, 4, 4)).unflatten(0, (-1, 16))  # [R, r, b, s, j]
     return tiles.permute(0, 2, 3, 1, 4).contiguous()
 
-
 # --------------------------------------------------------------------------------------------------
 # the structures of native.c, field by field
 
 def structure(name, *fields):
     return type(name, (ctypes.Structure,), {
         '_fields_': [(field, kind) for kind, names in fields for field in names.split()]})
-
 
 pointer, integer, real = ctypes.c_void_p, ctypes.c_int, ctypes.c_float
 CLinear = structure(
@@ -203,7 +190,6 @@ CDraft = structure(
 NORMS = {'none': 0, 'layernorm': 1, 'rmsnorm': 2}
 ACTIVATIONS = {None: 0, 'relu2': 1, 'swiglu': 2}
 EXIT_NUMBERS = {mode: i for i, mode in enumerate((None, *EXIT_MODES))}  # native.c: FULL, GATE, ...
-
 
 class Decoder:
     """A packed model, and the key-value cache of one text: the twin of decode.Decoder.
@@ -319,12 +305,12 @@ class Decoder:
     def blocks(self, h, first, last, start=None):
         """The states before block `first` (1, T, C), of tokens from position `start` (default:
         length) on -> those after block `last`. As decode.Decoder.blocks."""
-        return self.run(None, h[0], self.length if start is None else start, first, last, 0)[0]
+        return self.run(None, h, self.length if start is None else start, first, last, 0)[0]
 
     def logits(self, h, layer=None):
         """h (1, T, C) after block `layer` (default: the last) -> logits (1, T, V) of that exit."""
         layer = self.config.n_layer - 1 if layer is None else layer
-        return self.run(None, h[0], 0, layer + 1, layer, h.shape[1])[1][None]
+        return self.run(None, h, 0, layer + 1, layer, h.shape[1])[1].unsqueeze(0)
 
     def draft(self, tokens, layer, most, temperature=0.0, confidence=0.0, generator=None):
         """A pass of speculate.py in one call of C. Blocks 0 ... layer read the next tokens (1, T),
@@ -372,21 +358,21 @@ class Decoder:
                              f'{self.filled[first:last + 1]} tokens, not the {start} before these')
 
     def run(self, tokens, h, start, first, last, n_logits, exit_mode=None, exit_threshold=0.0):
-        """One call of native.c's step, of tokens (T) or from states h (T, C), at positions from
+        """One call of native.c's step, of tokens (T) or from states h (1, T, C), at positions from
         `start` on, through blocks first ... last: states (1, T, C), logits (n_logits, V), layer."""
-        c, T = self.config, len(tokens if h is None else h)
+        c, T = self.config, len(tokens) if h is None else h.shape[1]
         self.require_room(start, T, first, last)
         if not 0 <= n_logits <= T:
             raise ValueError(f'n_logits is 0 to {T}, the number of these tokens, got {n_logits}')
-        states = torch.zeros(T, -(-c.n_embd // 16) * 16)
+        states = torch.zeros(1, T, -(-c.n_embd // 16) * 16)
         logits = torch.empty(max(1, n_logits), c.vocab_size)
         ids = None if tokens is None else (ctypes.c_int64 * T)(*tokens)
         if h is not None:
-            states[:, :c.n_embd] = h
+            states[..., :c.n_embd] = h
         step = CStep(tokens=ids and ctypes.addressof(ids), h=states.data_ptr(), T=T, start=start,
                      logits=logits.data_ptr(), first=first, last=last, n_logits=n_logits,
                      exit_mode=EXIT_NUMBERS[exit_mode], threshold=exit_threshold)
         self.lib.bitskip_step(self.c, step)
         self.filled[first:last + 1] = [start + T] * (last + 1 - first)
-        return states[None, :, :c.n_embd], logits[:n_logits], step.exit_layer
+        return states[..., :c.n_embd], logits if n_logits else logits[:0], step.exit_layer
 

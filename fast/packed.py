@@ -25,14 +25,12 @@ from quant import (BitLinear, activation_quant, dequantize, integers_serve, pack
 
 INFERENCE = ('forward', 'hidden_states', 'embed', 'run_block', 'rope', 'exit_state', 'Block')
 
-
 def product(x_codes, x_scale, codes, scale):
     """x^ W^: (..., in) int8, (..., 1), (out, in) int8, () or (out, 1) -> (..., out) float32."""
     if not integers_serve(x_codes, codes, scale):
         return F.linear(x_codes * x_scale, dequantize(codes, scale.float()))
     y = torch._int_mm(x_codes.reshape(-1, x_codes.shape[-1]), codes.t()).float()  # (N, out)
     return y.view(*x_codes.shape[:-1], len(codes)).mul_(x_scale * scale.reshape(-1))
-
 
 class PackedLinear(nn.Module):
     """What a BitLinear computes (A3), from stored codes (out, in) int8 and a scale () or (out, 1).
@@ -74,7 +72,6 @@ class PackedLinear(nn.Module):
                                           x_scale.flatten(0, -2), self.scale)
         return y.view(*x.shape[:-1], self.out_features).to(x.dtype)
 
-
 class Int8Rows(nn.Module):
     """A matrix (V, C) as int8 codes (V, C), and the scale of each row, (V, 1): A2, by rows."""
 
@@ -84,20 +81,17 @@ class Int8Rows(nn.Module):
         self.register_buffer('codes', codes)
         self.register_buffer('scale', scale)
 
-
 class Int8Head(Int8Rows):
     """A head of int8 rows on 8-bit activations: (..., C) -> (..., V) float32."""
 
     def forward(self, h):
         return product(*activation_quant(h), self.codes, self.scale)
 
-
 class Int8Embedding(Int8Rows):
     """An embedding of int8 rows: idx (...) int64 -> (..., C) float32."""
 
     def forward(self, idx):
         return self.codes[idx] * self.scale[idx]
-
 
 def require_packable(model):
     """ValueError, in one sentence, if a packed copy would not compute what the model does."""
@@ -113,7 +107,6 @@ def require_packable(model):
             raise ValueError(f'{kind} computes more than A3 with one weight')
         if layer.latent:
             raise ValueError('this model computes with its latent weights')
-
 
 @torch.no_grad()
 def to_ternary(model, head='int8'):
@@ -132,18 +125,15 @@ def to_ternary(model, head='int8'):
         round_rows(packed)
     return packed.float().eval().requires_grad_(False)
 
-
 def replace_linears(model, make):
     """Put make(name, layer) in the place of each BitLinear of a model."""
     for name, layer in list(model.named_modules()):
         if isinstance(layer, BitLinear):
             model.set_submodule(name, make(name, layer))
 
-
 def round_rows(model):
     model.head = Int8Head(model.head.weight)
     model.embedding = Int8Embedding(model.embedding.weight)
-
 
 def packed_state(packed):
     """The state_dict of a packed model for storage: ternary codes at 1.6 bits each."""
@@ -152,7 +142,6 @@ def packed_state(packed):
         if isinstance(layer, PackedLinear):
             state[f'{name}.codes'] = pack_ternary(layer.ternary()[0])
     return state
-
 
 def load_packed(checkpoint):
     """The model of a checkpoint whose 'model' is a packed_state, in eval mode. ValueError,

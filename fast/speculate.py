@@ -47,9 +47,8 @@ from eval_exits import table
 from fast import quick_decoder
 from prepare import data_of
 
-LENGTHS = (1, 2, 3, 4, 6)  # how many drafts a pass of the sweep has, at most
+LENGTHS = (2, 3, 4, 6, 8)  # how many drafts a pass of the sweep has, at most
 CONFIDENCE = 0.2  # a greedy draft whose probability is less is not worth checking
-
 
 def speculate(model, idx, max_new_tokens, draft_layer, draft_len=4, temperature=1.0, top_k=None,
               generator=None, decoder=None):
@@ -80,7 +79,6 @@ def speculate(model, idx, max_new_tokens, draft_layer, draft_len=4, temperature=
         return draft_in_steps(decoder, new, draft_layer, L - 1, most, how, confidence, generator)
     return passes(model, idx, max_new_tokens, draft_len, draft, how, generator, decoder)
 
-
 @torch.no_grad()
 def passes(model, idx, max_new_tokens, draft_len, draft, how, generator, decoder):
     """The generator behind `speculate`. draft(new, most): as draft_in_steps; how: temperature and
@@ -107,7 +105,6 @@ def passes(model, idx, max_new_tokens, draft_len, draft, how, generator, decoder
     finally:
         model.train(was_training)
 
-
 def draft_in_steps(decoder, new, k, last, most, how, confidence, generator):
     """A pass, up to its verdict: what native.Decoder.draft does in one call. new (1, T): the tokens
     to read first. Returns the drafts (n, 1), the logits (n, V) that they were drawn from, and full
@@ -125,14 +122,12 @@ def draft_in_steps(decoder, new, k, last, most, how, confidence, generator):
     drafts = torch.cat([new[:, :0], *tokens[1:]], dim=1).t()
     return drafts, torch.cat(logits) if logits else p[:0], p
 
-
 def agree(logits, drafts):
     """How many drafts (n, 1) full depth would choose, and its choice after them, (1, 1).
     logits (n + 1, V)."""
     choices = logits.argmax(dim=-1, keepdim=True)
     n = first(choices[:-1] != drafts)
     return n, choices[n:n + 1]
-
 
 def accept(p, q, drafts, generator=None):
     """How many drafts (n, 1) stand, and the token after them, (1, 1) int64. They were drawn from
@@ -146,11 +141,9 @@ def accept(p, q, drafts, generator=None):
     candidates = rest.nonzero()  # (m, 1)
     return n, candidates[torch.multinomial(rest[candidates[:, 0]], 1, generator=generator)]
 
-
 def first(refused):
     """The index of the first True, or else their number: (n, 1) bool -> int."""
     return [*refused.flatten().tolist(), True].index(True)
-
 
 def distribution(logits, temperature=1.0, top_k=None):
     """The probabilities that decode.sample draws with: logits (B, V) -> (B, V) float32."""
@@ -159,7 +152,6 @@ def distribution(logits, temperature=1.0, top_k=None):
     values, ids = logits.topk(min(top_k, logits.shape[-1]))
     p = distribution(values, temperature)
     return torch.zeros(logits.shape, device=logits.device).scatter(-1, ids, p)
-
 
 # --------------------------------------------------------------------------------------------------
 # which exit should draft, and how much
@@ -199,7 +191,6 @@ def measure(model, tokens, decoder=None, temperature=0.0, lengths=LENGTHS, n_tok
                 'speedup': statistics.median(a / b for a, b in zip(plain, ours))})
     return results
 
-
 @dataclass
 class SpeculateSettings:
     """Measures speculative decoding with every draft layer and several draft lengths."""
@@ -215,7 +206,6 @@ class SpeculateSettings:
     def __post_init__(self):
         check(self, {'rounds': (1, 1000)})
         require_sampling(torch.zeros(1, 1), self.temperature, None)
-
 
 def main(argv):
     s = configure(SpeculateSettings, argv)
@@ -240,7 +230,6 @@ def main(argv):
         json.dump({'run': out_dir, 'decoding': how, 'temperature': s.temperature, 'sweep': sweep,
                    'best': best}, file, indent=1)
     print(f'\nwritten: {path}')
-
 
 if __name__ == '__main__':
     run(main)

@@ -33,7 +33,6 @@ except ImportError:
 
 INTERPRET = triton is not None and triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: no GPU
 
-
 @functools.cache
 def available(device_type):
     """(True, how) if the kernel runs on this kind of device, else (False, what is missing)."""
@@ -50,20 +49,16 @@ def available(device_type):
                        f'Python (python3-dev): {type(error).__name__}')
     return True, '2-bit products (Triton)'
 
-
 def trial():
     """Compile and run a kernel that does nothing."""
     triton.jit(nothing)[(1,)](torch.zeros(1, device='cuda'))
 
-
 def nothing(x_ptr):
     tl.store(x_ptr, tl.load(x_ptr))
-
 
 def require(ok, message):
     if not ok:
         raise ValueError(message)
-
 
 # Four codes to a byte, as c + 1 in two bits. The four are not neighbours: a row is cut into four
 # planes of K4 = ceil(K / 4) columns, and byte j holds column j of each:
@@ -83,7 +78,6 @@ def pack_2bit(codes):
     a, b, c, d = digits.unflatten(1, (4, digits.shape[1] // 4)).unbind(1)  # (N, K4) each
     return a | b << 2 | c << 4 | d << 6
 
-
 def unpack_2bit(packed, K):
     """packed (N, ceil(K / 4)) uint8 -> codes (N, K) int8. ValueError if they do not fit."""
     require_packed(packed, K)
@@ -91,12 +85,10 @@ def unpack_2bit(packed, K):
     planes = [(packed >> 2 * p & 3).to(torch.int8) - 1 for p in range(4)]
     return torch.cat(planes, dim=1)[:, :K]
 
-
 def require_packed(packed, K):
     require(packed.dtype == torch.uint8 and packed.dim() == 2 and packed.shape[1] == -(-K // 4),
             f'{K} columns are packed as (N, {-(-K // 4)}) uint8, got {tuple(packed.shape)} '
             f'{packed.dtype}')
-
 
 def ternary_kernel(x_ptr, packed_ptr, x_scale_ptr, w_scale_ptr, y_ptr, M, N, K, K4, w_stride,
                    M_like, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_J: tl.constexpr):
@@ -128,12 +120,10 @@ def ternary_kernel(x_ptr, packed_ptr, x_scale_ptr, w_scale_ptr, y_ptr, M, N, K, 
         acc = acc.to(tl.float32) * (x_scale[:, None] * w_scale[None, :])  # as packed.product
     tl.store(y_ptr + m[:, None] * N + n[None, :], acc, mask=(m[:, None] < M) & (n[None, :] < N))
 
-
 # (BLOCK_M, BLOCK_N, BLOCK_J, warps) to choose from, for M up to M_like, a power of 2
 FEW_ROWS = [(1, 32, 64, 4), (1, 16, 128, 4), (1, 8, 128, 2), (1, 4, 256, 2), (1, 16, 256, 4)]
 MANY_ROWS = [(64, 64, 64, 4), (16, 64, 64, 4), (16, 32, 128, 4), (32, 64, 64, 4), (64, 128, 32, 4),
              (128, 64, 64, 8)]
-
 
 def tuned(tiles):
     configs = [triton.Config(dict(BLOCK_M=m, BLOCK_N=n, BLOCK_J=j), num_warps=warps)
@@ -141,9 +131,7 @@ def tuned(tiles):
     kernel = triton.jit(ternary_kernel, do_not_specialize=['M', 'M_like'])  # one for all M
     return triton.autotune(configs[:1] if INTERPRET else configs, key=['M_like', 'N', 'K'])(kernel)
 
-
 few_rows, many_rows = (tuned(FEW_ROWS), tuned(MANY_ROWS)) if triton else (None, None)
-
 
 def ternary_matmul(x_codes, packed, K, x_scale=None, w_scale=None, dtype=torch.float32):
     """x_codes (M, K) int8, packed (N, ceil(K / 4)) uint8 -> y (M, N) int32, exactly.
