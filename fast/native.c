@@ -217,7 +217,8 @@ static void butterfly(float *restrict a, float *restrict b, int n) {
 // The same within a run of 16, between entries `half` apart: a shuffle and a sum.
 INLINE void butterfly_within(float *run, const int half) {
     float y[LANES];
-    for (int l = 0; l < LANES; l++) y[l] = run[l ^ half] + (l & half ? -run[l] : run[l]);
+    for (int l = 0; l < LANES; l++)
+        y[l] = l & half ? run[l ^ half] - run[l] : run[l ^ half] + run[l];
     memcpy(run, y, sizeof y);
 }
 
@@ -268,7 +269,7 @@ static void kernel_portable(const uint8_t *w, int blocks, const int8_t *const *x
         Rows rows, total = {0};
         for (int b = 0; b < blocks; b++)
             for (int s = 0; s < 4; s++) {  // columns 16 b + 4 s + j
-                memcpy(&rows, w + 64 * ((4 * b + s) * bits / 8), sizeof rows);
+                memcpy(&rows, w + 64 * (b * bits / 2 + s * bits / 8), sizeof rows);
                 rows = rows >> bits * s % 8 & (bits == 2 ? 0x03030303 : 0x0f0f0f0f);
                 for (int j = 0; j < 4; j++)
                     total += (rows >> 8 * j & 255) * (uint32_t)x[t][16 * b + 4 * s + j];
@@ -298,7 +299,7 @@ AVX512 INLINE void multiply_512(const uint8_t *w, int blocks, const int8_t *cons
         for (int s = 0; s < ways; s++) total[t][s] = _mm512_setzero_si512();
     for (int b = 0; b < blocks; b++)
         for (int s = 0; s < 4; s++) {
-            const uint8_t *bytes = w + 64 * ((4 * b + s) * bits / 8);
+            const uint8_t *bytes = w + 64 * (b * bits / 2 + s * bits / 8);
             if (bits * s % 8 == 0) __builtin_prefetch(bytes + AHEAD);
             __m512i rows = _mm512_loadu_si512(bytes);
             rows = _mm512_and_si512(_mm512_srli_epi16(rows, bits * s % 8), mask);
@@ -323,7 +324,7 @@ AVX2 INLINE void multiply_256(const uint8_t *w, int blocks, const int8_t *const 
         for (int t = 0; t < n; t++) total[t] = _mm256_setzero_si256();
         for (int b = 0; b < blocks; b++) {
             for (int s = 0; s < 4; s++) {
-                const uint8_t *bytes = w + 64 * ((4 * b + s) * bits / 8) + 32 * half;
+                const uint8_t *bytes = w + 64 * (b * bits / 2 + s * bits / 8) + 32 * half;
                 if (bits * s % 8 == 0) __builtin_prefetch(bytes + AHEAD);
                 __m256i rows = _mm256_loadu_si256((const __m256i *)bytes);
                 rows = _mm256_and_si256(_mm256_srli_epi16(rows, bits * s % 8), mask);
@@ -514,15 +515,15 @@ INLINE void multiply_rows(Run *run, int i, int t, Kernel *kernel) {
         for (int r = 0; r < LANES; r++)
             y[r] = (unit * sums[j][r] - excess * s->sum) * s->scale * scales[r];
         if (run->add) for (int r = 0; r < LANES; r++) out[r] += y[r];
-        else memcpy(out, y, smaller(LANES, rows) * sizeof *y);
+        else if (rows >= LANES) memcpy(out, y, sizeof y);
+        else memcpy(out, y, rows * sizeof *y);
     }
 }
 
 // Make a product with the head exact, by all 8 bits, where it is at least run->least of its token.
 INLINE void refine(Run *run, int piece) {
     const Linear *L = run->L;
-    int64_t first = (int64_t)L->rows * piece / run->pieces;
-    int64_t stop = (int64_t)L->rows * (piece + 1) / run->pieces;
+    int64_t n = L->rows, first = n * piece / run->pieces, stop = n * (piece + 1) / run->pieces;
     for (int t = 0; t < run->T; t++) {
         const Slot *s = slot(run, t);
         float *out = run->out + (int64_t)t * run->out_stride;
@@ -729,7 +730,7 @@ static void read_out(Run *run, int T, const float *h, int layer, float *logits) 
         float largest = SETS[run->d->isa].max(logits + (int64_t)t * head.rows, head.rows);
         run->least[t] = largest - run->d->margin;
     }
-    share_out(run, SETS[run->d->isa].refine, 2 * run->d->threads);
+    share_out(run, SETS[run->d->isa].refine, smaller(2 * run->d->threads, 1 + head.rows / 4096));
 }
 
 // Does the token with this state leave after this block? (CONFIDENCE makes its logits on the way.)

@@ -364,7 +364,7 @@ def test_an_old_checkpoint_that_needs_what_is_gone_is_refused(reopen, change):
     dict(n_embd=64), dict(n_layer=2), dict(linear='hbitlinear'), dict(exit_norm='raw'),
     dict(model_class='model:Block'), dict(model_class='os:system')], ids=str)
 def test_a_checkpoint_whose_parts_do_not_fit_is_refused(reopen, change):
-    with pytest.raises(UserError, match='ckpt.pt is a checkpoint of another model') as error:
+    with pytest.raises(UserError, match='ckpt.pt cannot be opened as a model') as error:
         reopen(**change)
     assert '\n' not in str(error.value) and len(str(error.value)) < 400
 

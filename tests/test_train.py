@@ -269,11 +269,11 @@ def test_resume_refuses_another_model_and_another_text(text):
     """The text was its own, but from then on the run was told to be on the other one."""
     train.main(flags(max_iters=1, eval_interval=1))
     for flag in ('--n_embd=64', '--n_layer=2', '--exit_norm=raw'):
-        with pytest.raises(UserError, match='does not fit these settings'):
+        with pytest.raises(UserError, match='a run that goes on keeps that'):
             train.main([*RESUME, flag, '--max_iters=2'])
     Path('other.txt').write_text('another text\n' * 1000)
     for flag in ('--dataset=other.txt', '--tokenizer=gpt2'):
-        with pytest.raises(UserError, match='out/run is a run on text.txt'):
+        with pytest.raises(UserError, match='a run that goes on keeps that'):
             train.main([*RESUME, flag, '--max_iters=2'])
 
 
