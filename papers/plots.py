@@ -34,7 +34,10 @@ def draw_exits(curves, path):
         axes.plot(layers, [statistics.mean(p) for p in by_layer], 'o-', color=colour, label=label)
         axes.fill_between(layers, [min(p) for p in by_layer], [max(p) for p in by_layer],
                           color=colour, alpha=0.2, linewidth=0)
-    axes.set(xlabel='exit after block', ylabel='perplexity, test text', yscale='log')
+    values = [p for seeds in curves.values() for seed in seeds for p in seed]
+    wide = max(values) > 20 * min(values)
+    axes.set(xlabel='exit after block', ylabel='perplexity, test text',
+             yscale='log' if wide else 'linear')
     axes.grid(alpha=0.3, which='both')
     axes.legend(frameon=False)
     save(figure, path)

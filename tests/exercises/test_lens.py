@@ -103,9 +103,10 @@ def test_a_browser_opens_each_cell(model, tmp_path):
     (tmp_path / 'page.html').write_text(
         text.replace('http-equiv="Content-Security-Policy"', ''), encoding='utf-8')
     for attempt in range(5):  # a busy machine may look before the window has the focus
-        done = subprocess.run([CHROMIUM, '--headless', '--no-sandbox', '--disable-gpu', '--dump-dom',
-                               '--window-size=1600,900', f'--user-data-dir={tmp_path}/{attempt}',
-                               f'file://{tmp_path}/page.html'], capture_output=True, text=True)
+        done = subprocess.run(
+            [CHROMIUM, '--headless', '--no-sandbox', '--disable-gpu', '--dump-dom',
+             '--window-size=1600,900', f'--user-data-dir={tmp_path}/{attempt}',
+             f'file://{tmp_path}/page.html'], capture_output=True, text=True)
         if '<title>0 of' not in done.stdout:
             break
     assert '<title>60 of 60 open</title>' in done.stdout, done.stdout[:300] + done.stderr[-300:]
