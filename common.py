@@ -37,6 +37,16 @@ def synchronize(device):  # before a clock is read
     if device.type != 'cpu':
         torch.accelerator.synchronize()
 
+def can_compile():
+    """Whether torch.compile works here. It needs a C++ compiler and the headers of Python."""
+    try:
+        torch.compile(torch.sin)(torch.zeros(8))
+        return True
+    except Exception as error:  # each part of it has errors of its own
+        why = ' '.join(str(error).split())[:150]
+        say(f'--compile does not work here, and training goes on without it: {why}')
+        return False
+
 def keep_freed_memory():
     """Tell glibc to keep large freed blocks. A training step asks for the same tensors again, and
     fresh pages cost more than the arithmetic: elementwise operations get 2 to 8 times faster."""

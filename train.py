@@ -21,8 +21,8 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
 from typing import Literal
 
-from common import (Interrupts, Processes, atomic_write, autocast, exclusive, keep_freed_memory,
-                    move_aside, pick_device, pick_dtype, say)  # before torch: its threads sleep
+from common import (Interrupts, Processes, atomic_write, autocast, can_compile, exclusive,
+                    keep_freed_memory, move_aside, pick_device, pick_dtype, say)  # before torch
 import numpy as np
 import torch
 from torch.nn.parallel import DistributedDataParallel
@@ -252,7 +252,7 @@ def train(s, saved, Model):
         if processes.is_main:
             start(s, meta)
     processes.barrier()
-    if s.compile:
+    if s.compile and can_compile():
         for block in model.blocks:
             block.compile()
     millions = model.quantizable_parameters() / 1e6

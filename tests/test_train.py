@@ -196,6 +196,7 @@ def test_a_compiled_run_has_the_same_losses(text, monkeypatch):
     from them takes minutes.)"""
     compile_, counters = torch.nn.Module.compile, torch._dynamo.utils.counters
     monkeypatch.setattr(torch.nn.Module, 'compile', lambda m: compile_(m, backend='aot_eager'))
+    monkeypatch.setattr(train, 'can_compile', lambda: True)
     settings = dict(n_layer=2, max_iters=2, eval_interval=2, gradient_accumulation_steps=1)
     train.main(flags(**settings))
     train.main(flags(compile=True, out_dir='out/compiled', **settings))
@@ -203,6 +204,15 @@ def test_a_compiled_run_has_the_same_losses(text, monkeypatch):
     for plain, compiled in zip(log()[1:], log('out/compiled')[1:], strict=True):
         for name in {'total', 'ce', 'ee', 'quant', 'route', 'val_loss'} & plain.keys():
             assert compiled[name] == pytest.approx(plain[name], rel=1e-3), name
+
+
+def test_without_a_compiler_training_goes_on_uncompiled(text, monkeypatch, capsys):
+    """It ended in a traceback of torch's, after the first batch."""
+    def compile_(*_, **__):
+        raise RuntimeError('InvalidCxxCompiler: no working C++ compiler\nmore lines')
+    monkeypatch.setattr(torch, 'compile', compile_)
+    assert train.main(flags(max_iters=1, eval_interval=1, compile=True))
+    assert 'goes on without it: InvalidCxxCompiler' in capsys.readouterr().out
 
 
 # ---- when to stop
