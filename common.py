@@ -35,7 +35,7 @@ def autocast(device, dtype):
 
 def synchronize(device):  # before a clock is read
     if device.type != 'cpu':
-        torch.accelerator.synchronize()
+        torch.accelerator.synchronize(device)
 
 def can_compile():
     """Whether torch.compile works here. It needs a C++ compiler and the headers of Python."""
