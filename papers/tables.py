@@ -8,6 +8,7 @@ Print what was measured (papers/results), one table by name:
 Losses are of test text, ternary weights. "±" is the standard deviation over seeds. Brackets hold
 95% of 2,000 resamplings of documents and seeds (a paired bootstrap).
 """
+import json
 import math
 import re
 import statistics
@@ -143,9 +144,16 @@ def alpha_table(table='ladder'):
                 statistics.mean(r['alpha'][name]) for r in several)) for name in header[1:]])
     return header, rows
 
-MAKE = {'ladder': ladder_table, 'as_run': as_run_table, 'as_run_exits': as_run_exits_table,
+def dead_table():
+    """RMS of the gradient in the last layer, before any training (papers/dead.py)."""
+    found = json.loads(PAGE.with_name('results').joinpath('dead.json').read_text(encoding='utf-8'))
+    names = ('q', 'k', 'v', 'o', 'up', 'down')
+    return ['cell', *names], [[cell] + [f'{by_name[name][-1]:.1e}' for name in names]
+                              for cell, by_name in found['gradients'].items()]
+
+MAKE = {'dead': dead_table, 'ladder': ladder_table, 'as_run': as_run_table, 'as_run_exits': as_run_exits_table,
         'alpha': alpha_table}
-NAMES = ('ladder', 'as_run', 'as_run_exits', 'alpha', *[t for t in TABLES if t != 'ladder'])
+NAMES = ('dead', 'ladder', 'as_run', 'as_run_exits', 'alpha', *[t for t in TABLES if t != 'ladder'])
 
 def make(name):
     return MAKE[name]() if name in MAKE else cells_table(name)
