@@ -146,13 +146,14 @@ def alpha_table(table='ladder'):
 
 def dead_table():
     """RMS of the gradient in the last layer, before any training (papers/dead.py)."""
-    found = json.loads(PAGE.with_name('results').joinpath('dead.json').read_text(encoding='utf-8'))
+    path = PAGE.parent / 'results' / 'dead.json'
+    found = json.loads(path.read_text(encoding='utf-8'))
     names = ('q', 'k', 'v', 'o', 'up', 'down')
-    return ['cell', *names], [[cell] + [f'{by_name[name][-1]:.1e}' for name in names]
-                              for cell, by_name in found['gradients'].items()]
+    return ['cell', *names], [[cell] + [f'{rms[name][-1]:.1e}' for name in names]
+                              for cell, rms in found['gradients'].items()]
 
-MAKE = {'dead': dead_table, 'ladder': ladder_table, 'as_run': as_run_table, 'as_run_exits': as_run_exits_table,
-        'alpha': alpha_table}
+MAKE = {'dead': dead_table, 'ladder': ladder_table, 'as_run': as_run_table,
+        'as_run_exits': as_run_exits_table, 'alpha': alpha_table}
 NAMES = ('dead', 'ladder', 'as_run', 'as_run_exits', 'alpha', *[t for t in TABLES if t != 'ladder'])
 
 def make(name):
