@@ -63,16 +63,18 @@ def evaluate(model, tokens, layers=None, batch_size=16, processes=None):
         idx, targets = idx.to(model.device), targets.to(model.device)
         for layer, h in enumerate(model.hidden_states(idx, max(layers))):
             if layer in layers:
-                sums[layers.index(layer)] += exit_cross_entropy(model, h, layer, targets)
+                states = model.exit_state(h, layer)
+                sums[layers.index(layer)] += exit_cross_entropy(model, states, targets)
     if world > 1:
         sums = processes.sum(sums.to(model.device)).cpu()
     return (sums / (len(tokens) - 1)).tolist()
 
-def exit_cross_entropy(model, h, layer, targets, rows=512):
-    """CE in nats, summed over the tokens, of h_l (B, T, C); logits are made of `rows` at a time."""
-    states = model.exit_state(h, layer).flatten(0, 1)
+def exit_cross_entropy(model, states, targets, rows=512):
+    """CE in nats, summed over the tokens, of what the head reads, (B, T, C) or (N, C); logits are
+    made of `rows` at a time."""
     return sum(F.cross_entropy(model.head(state).float(), target, reduction='sum').item()
-               for state, target in zip(states.split(rows), targets.flatten().split(rows)))
+               for state, target in zip(states.flatten(0, -2).split(rows),
+                                        targets.flatten().split(rows)))
 
 def perplexity(loss):
     return math.exp(loss) if loss < 700 else math.inf

@@ -12,7 +12,6 @@ and they share the work. Rates are chosen on validation text; the tables report 
 import hashlib
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -30,66 +29,13 @@ from configurator import UserError, check, configure, run
 from eval_exits import bits_per_byte, depth_statistics, evaluate, weight_statistics, windows
 from fast.machine import commit, machine
 from papers import measures
-from papers.plan import EPOCH_STEPS, SEEDS, TABLES, TUNING_SEED
+from papers.plan import EPOCH_STEPS, RESULTS, SEEDS, TABLES, all_runs
+from papers.tables import show
 from prepare import data_of, load_meta, load_tokens, prepare
 from quant import bit_linears, latent_weights
 
-RESULTS = Path(__file__).with_name('results')
 SHORT_TEXT = EPOCH_STEPS * 8 * 128  # tokens of training text in Paper A's regime
 COMMIT = commit()
-
-@dataclass(frozen=True)
-class Run:
-    """One training: a cell of a table, a seed, and a rate (None: the command's own)."""
-    table: str
-    label: str
-    seed: int
-    rate: float | None = None
-
-    @property
-    def name(self):
-        rate = f'-lr{self.rate:g}' if self.rate else ''
-        return re.sub(r'[^\w.-]+', '_', self.label) + f'{rate}-s{self.seed}'
-
-    @property
-    def path(self):
-        return RESULTS / self.table / f'{self.name}.json'
-
-    @property
-    def out_dir(self):
-        return Path('out', 'papers', self.table, self.name)
-
-    def command(self):
-        words = TABLES[self.table].cells[self.label].split()
-        rate = [f'--learning_rate={self.rate:g}'] if self.rate else []
-        return words + rate + [f'--seed={self.seed}']
-
-    def result(self):
-        return json.loads(self.path.read_text(encoding='utf-8')) if self.path.exists() else None
-
-def tuning_runs(table, label):
-    rates = TABLES[table].rates
-    return [Run(table, label, TUNING_SEED, rate) for rate in rates] if len(rates) > 1 else []
-
-def best_rate(table, label):
-    """The rate with the lowest validation loss; None while that is not known, or not asked."""
-    done = {r.rate: r.result() for r in tuning_runs(table, label)}
-    if not done:
-        return (*TABLES[table].rates, None)[0]
-    return None if None in done.values() else min(done, key=lambda rate: done[rate]['val'])
-
-def reported_runs(table, label, seeds):
-    """The runs of a cell that its table reports; none while its rate is not known."""
-    rate = best_rate(table, label)
-    if TABLES[table].rates and rate is None:
-        return []
-    return [Run(table, label, seed, rate) for seed in SEEDS[:min(seeds, TABLES[table].seeds)]]
-
-def all_runs(table, seeds):
-    """Seed by seed, so that a table is whole early."""
-    runs = [r for label in TABLES[table].cells for r in tuning_runs(table, label)]
-    found = [reported_runs(table, label, seeds) for label in TABLES[table].cells]
-    return runs + [cell[i] for i in range(max(map(len, found))) for cell in found if i < len(cell)]
 
 def short_text():
     """data/short: pydocs with the first SHORT_TEXT tokens of its training text, and 2^16 of its
@@ -210,7 +156,6 @@ def main(argv):
             say(f'{RESULTS / name} is moved to {RESULTS / name}.before')
             os.rename(RESULTS / name, f'{RESULTS / name}.before')
     train_all(names, s.seeds)
-    from papers.tables import show
     for name in names:
         show(name, s.seeds)
 

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
-from eval_exits import weight_statistics, windows
+from eval_exits import exit_cross_entropy, weight_statistics, windows
 from quant import bit_linears, dequantize, latent_weights, weight_ternary
 from train import get_lr
 
@@ -55,9 +55,8 @@ def exit_losses(model, tokens, current=False, batch_size=16):
     for idx, targets in batches:
         targets = (idx if current else targets).flatten().to(model.device)
         for layer, h in enumerate(model.hidden_states(idx.to(model.device))):
-            rows = (h if raw else model.exit_state(h, layer)).flatten(0, 1)
-            loss = sum(F.cross_entropy(model.head(row).float(), target, reduction='sum').item()
-                       for row, target in zip(rows.split(512), targets.split(512)))
+            states = h if raw else model.exit_state(h, layer)
+            loss = exit_cross_entropy(model, states, targets)
             sums[layer] += loss
             means[layer] += loss / len(targets) / len(batches)
     return (sums / (len(tokens) - 1)).tolist(), means.tolist()

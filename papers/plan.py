@@ -13,10 +13,14 @@ The plan: every experiment as cells, each a command line. The most informative c
 papers/ablate.py trains them, papers/tables.py prints what was measured. To add an experiment, add a
 table here.
 """
+import json
+import re
 from dataclasses import dataclass
+from pathlib import Path
 
 from papers.measures import LADDER
 
+RESULTS = Path(__file__).with_name('results')
 SEEDS = (7, 8, 9, 10, 11)
 TUNING_SEED = 6  # chooses rates, and is reported nowhere
 RATES = (2e-3, 4e-3)
@@ -104,3 +108,56 @@ TABLES = {
             ('V1', 'tinystories_v1', ''), ('V2', 'tinystories_v2', ''),
             ('V3', 'tinystories_v3', ''), ('LayerSkip', 'layerskip', ''), ('Llama3', 'llama3', ''),
             ('V1, phase 1', 'tinystories_v1', '--lambda_ee=0 --p_max=0'))}, 1, (2e-3,))}
+
+@dataclass(frozen=True)
+class Run:
+    """One training: a cell of a table, a seed, and a rate (None: the command's own)."""
+    table: str
+    label: str
+    seed: int
+    rate: float | None = None
+
+    @property
+    def name(self):
+        rate = f'-lr{self.rate:g}' if self.rate else ''
+        return re.sub(r'[^\w.-]+', '_', self.label) + f'{rate}-s{self.seed}'
+
+    @property
+    def path(self):
+        return RESULTS / self.table / f'{self.name}.json'
+
+    @property
+    def out_dir(self):
+        return Path('out', 'papers', self.table, self.name)
+
+    def command(self):
+        words = TABLES[self.table].cells[self.label].split()
+        rate = [f'--learning_rate={self.rate:g}'] if self.rate else []
+        return words + rate + [f'--seed={self.seed}']
+
+    def result(self):
+        return json.loads(self.path.read_text(encoding='utf-8')) if self.path.exists() else None
+
+def tuning_runs(table, label):
+    rates = TABLES[table].rates
+    return [Run(table, label, TUNING_SEED, rate) for rate in rates] if len(rates) > 1 else []
+
+def best_rate(table, label):
+    """The rate with the lowest validation loss; None while that is not known, or not asked."""
+    done = {r.rate: r.result() for r in tuning_runs(table, label)}
+    if not done:
+        return (*TABLES[table].rates, None)[0]
+    return None if None in done.values() else min(done, key=lambda rate: done[rate]['val'])
+
+def reported_runs(table, label, seeds):
+    """The runs of a cell that its table reports; none while its rate is not known."""
+    rate = best_rate(table, label)
+    if TABLES[table].rates and rate is None:
+        return []
+    return [Run(table, label, seed, rate) for seed in SEEDS[:min(seeds, TABLES[table].seeds)]]
+
+def all_runs(table, seeds):
+    """Seed by seed, so that a table is whole early."""
+    runs = [r for label in TABLES[table].cells for r in tuning_runs(table, label)]
+    found = [reported_runs(table, label, seeds) for label in TABLES[table].cells]
+    return runs + [cell[i] for i in range(max(map(len, found))) for cell in found if i < len(cell)]

@@ -19,9 +19,8 @@ import numpy as np
 
 from common import atomic_write
 from configurator import UserError, configure, run
-from papers.ablate import reported_runs
 from papers.measures import LADDER
-from papers.plan import SEEDS, TABLES
+from papers.plan import SEEDS, TABLES, reported_runs
 
 PAGE = Path(__file__).with_name('README.md')
 

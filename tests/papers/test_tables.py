@@ -6,7 +6,7 @@ import random
 import pytest
 
 from configurator import configure
-from papers import ablate, tables
+from papers import plan, tables
 from papers.as_run import AsRunSettings
 from papers.heads import HeadsSettings
 from papers.measures import LADDER
@@ -26,7 +26,7 @@ def test_every_command_of_the_plan_is_possible(name, label):
 
 
 def test_runs_have_names_of_their_own_and_the_tuning_seed_reports_nothing():
-    names = [ablate.Run(name, label, 7).path for name, label in CELLS]
+    names = [plan.Run(name, label, 7).path for name, label in CELLS]
     assert len({*names}) == len(names) and TUNING_SEED not in SEEDS
 
 
@@ -51,16 +51,16 @@ def made_up(seed, shift):
 @pytest.fixture
 def folder(monkeypatch, tmp_path):
     """Results of the table A2: H-only is exp(-0.1) of Baseline, EE-only has diverged."""
-    monkeypatch.setattr(ablate, 'RESULTS', tmp_path)
+    monkeypatch.setattr(plan, 'RESULTS', tmp_path)
     for label, shift in (('Baseline', 0.0), ('H-only', -0.1), ('EE-only', None)):
         for rate in (2e-3, 4e-3):
-            run = ablate.Run('A2', label, TUNING_SEED, rate)
+            run = plan.Run('A2', label, TUNING_SEED, rate)
             run.path.parent.mkdir(exist_ok=True)
             run.path.write_text(json.dumps(made_up(1, rate == 2e-3)), encoding='utf-8')
         for seed in SEEDS[:3]:
             result = {'diverged': 'yes', 'rate': 4e-3, 'seed': seed} if shift is None else (
                 made_up(seed, shift))
-            path = ablate.Run('A2', label, seed, 4e-3).path
+            path = plan.Run('A2', label, seed, 4e-3).path
             path.write_text(json.dumps(result), encoding='utf-8')
 
 
@@ -77,7 +77,7 @@ def test_a_table_has_the_best_rate_the_ratio_and_its_interval(folder):
 
 
 def test_what_is_missing_is_said(capsys, monkeypatch, tmp_path):
-    monkeypatch.setattr(ablate, 'RESULTS', tmp_path)
+    monkeypatch.setattr(plan, 'RESULTS', tmp_path)
     tables.show('A2')
     assert 'nothing is measured yet' in capsys.readouterr().out
 
