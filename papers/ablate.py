@@ -34,19 +34,19 @@ from papers.tables import show
 from prepare import data_of, load_meta, load_tokens, prepare
 from quant import bit_linears, latent_weights
 
-SHORT_TEXT = EPOCH_STEPS * 8 * 128  # tokens of training text in Paper A's regime
+# tokens of each split in Paper A's regime: an epoch, what is read every 100 steps, and at the end
+SHORT_TEXT = {'train': EPOCH_STEPS * 8 * 64, 'val': 2 ** 15, 'test': 2 ** 16}
 COMMIT = commit()
 
 def short_text():
-    """data/short: pydocs with the first SHORT_TEXT tokens of its training text, and 2^16 of its
-    validation text, which Paper A's regime reads every 100 steps. All of its test text."""
+    """data/short: the first SHORT_TEXT tokens of each split of pydocs."""
     whole, folder = prepare('pydocs'), Path('data/short/pydocs-bytes')
     if (folder / 'meta.json').exists():
         return
     aside, meta = folder.with_name('aside'), load_meta(whole)
     shutil.rmtree(aside, ignore_errors=True)
     shutil.copytree(whole, aside)
-    for split, size in (('train', SHORT_TEXT), ('val', 2 ** 16)):
+    for split, size in SHORT_TEXT.items():
         tokens = np.array(load_tokens(whole, split)[:size])
         tokens.tofile(aside / f'{split}.bin')
         meta['splits'][split] = {

@@ -35,10 +35,11 @@ class Table:
     rates: tuple = ()
 
 # Paper A's regime in miniature: an epoch of 290 steps, early stopping, a cosine that never ends.
-# 12 blocks of width 128, 1,024 bytes a step. papers/ablate.py makes the short text (SHORT_TEXT).
+# 12 blocks of width 64, 512 bytes a step. papers/ablate.py makes the short text (SHORT_TEXT).
 EPOCH_STEPS = 290
-AS_RUN = ('config/cpu.py --block_size=128 --batch_size=8 --data_dir=data/short --max_iters=10000 '
-          '--eval_interval=100 --learning_rate=6e-4 --warmup_iters=100')
+AS_RUN = ('config/cpu.py --n_embd=64 --ffn_dim=256 --n_head=2 --n_kv_head=1 --block_size=64 '
+          '--data_dir=data/short --max_iters=10000 --eval_interval=100 --learning_rate=6e-4 '
+          '--warmup_iters=100')
 EXITS = '--lambda_ee=0.3 --p_max=0.7 --lambda_q=0.05 --lambda_r=0.2'
 
 def ladder():
