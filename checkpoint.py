@@ -12,9 +12,10 @@ import zipfile
 
 from common import atomic_write, say
 import torch
+from torch.utils._pytree import tree_map_only
 
 from configurator import UserError, find_class, is_out_of_memory
-from decode import fast_room
+from decode import side_room
 from model import BitSkip
 
 PROGRESS = {'iter': 0, 'last_eval': 0, 'bad_evals': 0, 'log_size': 0, 'val_loss': 0.0,
@@ -33,7 +34,8 @@ def load_checkpoint(path, device='cpu'):
             size = sum(record.file_size for record in archive.infolist())
             if size > os.path.getsize(path) or archive.testzip():
                 raise ValueError('checksums or sizes are wrong')
-        found = own(torch.load(path, 'cpu', weights_only=True, mmap=True), device, size)
+        found = torch.load(path, 'cpu', weights_only=True, mmap=True)
+        found = tree_map_only(torch.Tensor, lambda tensor: own(tensor, device, size), found)
         json.dumps([found['settings'], found['meta'], found['progress']])  # plain values only
         progress = PROGRESS | found['progress']
         names = [*found['model'], *found['settings'], found.get('model_class', ''),
@@ -50,18 +52,12 @@ def load_checkpoint(path, device='cpu'):
         raise UserError(f'{path} is damaged, or not a checkpoint of train.py: {why}') from None
     return found
 
-def own(tree, device, size):
-    """Nested dicts and lists whose tensors are copied to `device`, each into a storage of its own.
-    (In a hostile file they overlap, and an update in place would do anything.)"""
-    if isinstance(tree, dict):
-        return {key: own(value, device, size) for key, value in tree.items()}
-    if type(tree) in (list, tuple):
-        return type(tree)(own(value, device, size) for value in tree)
-    if not torch.is_tensor(tree):
-        return tree
-    if tree.layout != torch.strided or tree.is_meta or tree.is_complex() or tree.nbytes > size:
+def own(tensor, device, size):
+    """A copy on `device`, in a storage of its own. (In a hostile file storages overlap.)"""
+    odd = tensor.layout != torch.strided or tensor.is_meta or tensor.is_complex()
+    if odd or tensor.nbytes > size:
         raise ValueError('its tensors are sparse, complex, without content or larger than the file')
-    return tree.detach().to(device, copy=True, memory_format=torch.contiguous_format)
+    return tensor.detach().to(device, copy=True, memory_format=torch.contiguous_format)
 
 def find_run(out_dir=''):
     """`out_dir`, or else the newest run in out/, which is then named."""
@@ -103,7 +99,7 @@ def open_model(path, device='cpu'):
         if settings.get('n_layer', 0) > len(state):
             raise ValueError(f"it has no {settings['n_layer']} layers")  # do not build them first
         if checkpoint.get('packed'):
-            model = fast_room(required=True).load_packed(checkpoint | {'settings': settings})
+            model = side_room('fast', required=True).load_packed(checkpoint | {'settings': settings})
         else:
             Model = find_class(checkpoint.get('model_class', 'model:BitSkip'), BitSkip)
             with torch.device('meta'):  # nothing is allocated before all fits

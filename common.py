@@ -51,9 +51,9 @@ def keep_freed_memory():
     """Tell glibc to keep large freed blocks. A training step asks for the same tensors again, and
     fresh pages cost more than the arithmetic: elementwise operations get 2 to 8 times faster."""
     with contextlib.suppress(OSError, AttributeError, TypeError):  # no Linux with glibc
-        mallopt, trim_threshold, mmap_threshold = ctypes.CDLL('libc.so.6').mallopt, -1, -3
-        mallopt(mmap_threshold, 2 ** 31 - 1) or mallopt(mmap_threshold, 2 ** 25)
-        mallopt(trim_threshold, 2 ** 31 - 1)
+        mallopt = ctypes.CDLL('libc.so.6').mallopt
+        mallopt(-3, 2 ** 31 - 1) or mallopt(-3, 2 ** 25)  # M_MMAP_THRESHOLD
+        mallopt(-1, 2 ** 31 - 1)  # M_TRIM_THRESHOLD
 
 def say(*text):
     """print, in the main process. When the reader of our output (head) has gone, go on."""
@@ -142,39 +142,24 @@ class Processes:
     def any(self, flag):  # whether it is true in one of them, the same on each
         return self.sum(torch.tensor(float(bool(flag)), device=self.device)).item() > 0
 
-    def barrier(self):
-        self.any(False)
-
-    def first_then_all(self, work):
-        """What work() returns. The main process goes first; if it fails, the others end, too."""
-        error = result = None
-        try:
-            result = work() if self.is_main else None
-        except UserError as failure:
-            error = failure
-        if self.any(error):
-            raise error or SystemExit(2)
-        return result if self.is_main else work()
-
     def close(self):  # stop the threads that exchange tensors, before Python ends
         if self.world > 1:
             dist.barrier()
             dist.destroy_process_group()
 
-class Interrupts:
-    """A context: Ctrl-C or SIGTERM once sets .wanted; twice, it raises KeyboardInterrupt."""
+@contextlib.contextmanager
+def interrupts():
+    """A list that Ctrl-C or SIGTERM puts something in. The second raises KeyboardInterrupt."""
+    wanted = []
 
-    def __enter__(self):
-        self.wanted = False
-        self.before = {n: signal.signal(n, self.handle) for n in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *_):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-    def handle(self, *_):
-        if self.wanted:
+    def handle(*what):
+        if wanted:
             raise KeyboardInterrupt
-        self.wanted = True
+        wanted.append(what)
         os.write(2, b'\nstops after this step (Ctrl-C again: at once)\n')
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield wanted
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

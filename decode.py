@@ -1,11 +1,9 @@
 """
 Decoding: a key-value cache, and tokens that leave the model at different layers.
 
-With a cache a new token costs one pass of itself alone: keys and values of the tokens before it
-are read back. Early exit adds a difficulty. A token that left at layer l has no keys and values
-above l, but later tokens that go deeper attend to it there. We compute them from the state that it
-left with, h_l: the projections k and v of each block above, and nothing else ("state propagation",
-CALM, Schuster et al., 2022). So the cache never has a hole.
+A token that left at layer l has no keys and values above l, but later tokens that go deeper attend
+to it there. We compute them from the state that it left with, h_l: the projections k and v of each
+block above, and nothing else ("state propagation", CALM, Schuster et al., 2022).
 
     exit_layer = k              every token leaves after block k
     exit_mode = 'gate'          at the first l with p_l > threshold (A6)
@@ -41,13 +39,12 @@ class KVCache:
     def length(self, length):
         self._length, self.filled = length, [min(n, length) for n in self.filled]
 
-    def layer(self, layer, rows=slice(None), start=None):
-        """A layer for tokens from position `start` (default: length) on, of samples `rows`."""
-        start = self.length if start is None else start
-        if self.filled[layer] < start:
+    def layer(self, layer, rows=slice(None)):
+        """A layer for the next tokens, of samples `rows`."""
+        if self.filled[layer] < self.length:
             raise ValueError(f'the cache of layer {layer} holds {self.filled[layer]} tokens, not '
-                             f'the {start} before these')
-        return LayerCache(self.k[layer], self.v[layer], start, rows)
+                             f'the {self.length} before these')
+        return LayerCache(self.k[layer], self.v[layer], self.length, rows)
 
     def advance(self, n_tokens, depth):
         """The first `depth` layers have taken n_tokens more."""
@@ -59,7 +56,7 @@ class LayerCache:
 
     mask = None  # (b, 1, T, S) bool, who sees whom, for batches that are padded on the left
 
-    def __init__(self, k, v, start, rows):
+    def __init__(self, k, v, start, rows=slice(None)):
         self.k, self.v, self.start, self.rows = k, v, start, rows
 
     def attend(self, q, k, v):
@@ -96,19 +93,13 @@ def sample(logits, temperature=1.0, top_k=None, generator=None):
 class Decoder:
     """A model and its cache, one step at a time. fast/native.py has its twin in C.
 
-    length: how many tokens have been seen; setting it back forgets the newest.
-    states (B, T, C): what the newest tokens left the blocks with, before any norm."""
+    length: how many tokens have been seen; setting it back forgets the newest."""
+
+    length = property(lambda self: self.cache.length,
+                      lambda self, length: setattr(self.cache, 'length', length))
 
     def __init__(self, model, batch_size=1):
         self.model, self.cache = model, KVCache(model, batch_size)
-
-    @property
-    def length(self):
-        return self.cache.length
-
-    @length.setter
-    def length(self, length):
-        self.cache.length = length
 
     @torch.no_grad()
     def step(self, tokens, n_logits=1, exit_layer=None, exit_mode=None, exit_threshold=0.5):
@@ -122,29 +113,10 @@ class Decoder:
         if not 0 <= n_logits <= T:
             raise ValueError(f'n_logits is 0 to {T}, the number of these tokens, got {n_logits}')
         if exit_mode is not None and T == 1:
-            self.states, logits, layers = step_with_exits(self.model, tokens, self.cache, last,
-                                                          exit_mode, exit_threshold)
-            return logits, layers
-        self.states = self.blocks(self.model.embed(tokens, self.length), 0, last)
-        self.cache.length += T
-        logits = self.logits(self.states[:, T - n_logits:], last).flatten(0, 1)
+            return step_with_exits(self.model, tokens, self.cache, last, exit_mode, exit_threshold)
+        *_, h = self.model.hidden_states(tokens, last, self.cache)  # (B, T, C)
+        logits = self.model.head(self.model.exit_state(h[:, T - n_logits:], last)).flatten(0, 1)
         return logits, torch.full((len(tokens),), last, device=tokens.device)
-
-    @torch.no_grad()
-    def blocks(self, h, first, last, start=None):
-        """The states before block `first` (B, T, C), of tokens from position `start` (default:
-        length) on -> those after block `last`. The cache keeps keys and values; `length` stays."""
-        start = self.length if start is None else start
-        rope = self.model.rope(start, h.shape[1])
-        for layer in range(first, last + 1):
-            h = self.model.blocks[layer](h, rope, self.cache.layer(layer, start=start))
-            self.cache.filled[layer] = start + h.shape[1]
-        return h
-
-    @torch.no_grad()
-    def logits(self, h, layer=None):
-        """h (..., C) after block `layer` (default: the last) -> logits (..., V) of that exit."""
-        return self.model.head(self.model.exit_state(h, self.model.require_layer(layer)))
 
 def require_exits(exit_mode, has_gates):
     """ValueError if tokens cannot leave in this way."""
@@ -167,9 +139,9 @@ def stream(model, idx, max_new_tokens, temperature=1.0, top_k=None, exit_layer=N
     """Continue idx (B, T) int64. Yield each new token (B, 1) and the layer (B,) that it left at.
 
     exit_layer: run blocks 0 ... exit_layer at most. exit_mode: None, or one of EXIT_MODES to leave
-    before that, token by token; the prompt runs in full. Only the last block_size tokens are seen:
-    when the cache is full, it starts again from the newer half. decoder: what runs the model, if
-    not PyTorch (fast/native.py). ValueError on settings that the model cannot follow."""
+    before that, token by token; the prompt runs in full. When the cache is full, it starts again
+    from the newer half of the text. decoder: what runs the model, if not PyTorch (fast/native.py).
+    ValueError on settings that the model cannot follow."""
     model.require_layer(exit_layer)
     require_exits(exit_mode, bool(model.gates))
     require_sampling(idx, temperature, top_k)
@@ -196,7 +168,7 @@ def stream(model, idx, max_new_tokens, temperature=1.0, top_k=None, exit_layer=N
 def step_with_exits(model, idx, cache, last, mode, threshold):
     """One token of each sample through blocks 0 ... last, each only as deep as it needs (A6).
 
-    idx (B, 1) int64 -> the states that they left with (B, 1, C), logits (B, V), layers (B,)."""
+    idx (B, 1) int64 -> logits (B, V), layers (B,) int64."""
     rope, h = model.rope(cache.length, 1), model.embed(idx, cache.length)  # h (B, 1, C)
     layers = torch.full((len(idx),), last, device=idx.device)
     inside = torch.ones(len(idx), dtype=torch.bool, device=idx.device)
@@ -213,7 +185,7 @@ def step_with_exits(model, idx, cache, last, mode, threshold):
             layers[leaving], inside[leaving] = layer, False
     cache.advance(1, depth=last + 1)
     read = [model.exit_state(h[i, 0], layer) for i, layer in enumerate(layers.tolist())]
-    return h, model.head(torch.stack(read)), layers
+    return model.head(torch.stack(read)), layers
 
 def exit_score(model, h, before, layer, mode):
     """How ready states h (..., C) after block `layer` (and `before` it) are to leave: (...)."""
@@ -225,14 +197,10 @@ def exit_score(model, h, before, layer, mode):
     return F.softmax(logits, dim=-1).amax(dim=-1)  # CALM
 
 def side_room(name, required=False):
-    """The module `name` of a side room, or None where its folder is gone (UserError if it is
-    required). This is the one way from the core to a side room."""
+    """The module `name` of a side room, fast say, or None where its folder is gone (UserError if it
+    is required). This is the one way from the core to a side room."""
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError:
         if required:
             raise UserError(f'this needs {name}, whose folder is not here') from None
-
-def fast_room(required=False):
-    """fast/, which decodes quicker."""
-    return side_room('fast', required)

@@ -12,9 +12,8 @@ Prints, and writes as JSON:
     A4, A appendix     scale and sparsity of the ternary weights; where the parameters are
     B Fig. 1, A6, A9   by depth: the spread of the activations, and where the gates let tokens go
 
-PPL is exp(mean cross-entropy per token) over the whole split, in consecutive windows. Weights are
-ternary unless it says otherwise. "layer" counts from 0, as Paper A and --exit_layer do; "blocks" is
-how many have run, as the Card counts.
+PPL is exp(mean cross-entropy per token) over the whole split, in consecutive windows. "layer"
+counts from 0, as Paper A and --exit_layer do; "blocks" is how many have run, as the Card counts.
 """
 import json
 import math
@@ -32,7 +31,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from configurator import check, configure, run
-from decode import fast_room, side_room, stream
+from decode import side_room, stream
 from exits import expected_exit_layer
 from prepare import data_of, get_tokenizer
 from quant import bit_linears, latent_weights
@@ -85,8 +84,8 @@ def bits_per_byte(loss, meta, split='val'):
     return loss / math.log(2) * counts['tokens'] / counts['bytes']
 
 def measure_speed(model, layers, tokens, decoder=None, n_tokens=32, rounds=3):
-    """Greedy decoding speed, batch 1, at each of `layers`: list of tokens/s. The exits take turns,
-    and the median of the rounds counts, because a machine's speed drifts."""
+    """Greedy decoding, batch 1, at each of `layers`: list of tokens/s, medians of rounds in turns
+    (a machine's speed drifts)."""
     prompt = torch.from_numpy(tokens[:8].astype('int64'))[None].to(model.device)
     seconds = {layer: [] for layer in layers}
     for layer in list(layers) * rounds:
@@ -225,8 +224,8 @@ def main(argv):
     ternary = weight_statistics(model)
     weights = {'ternary' if ternary else 'full precision': losses[-1]}
     fast, decoder, how = model, None, 'PyTorch'
-    if s.packed and fast_room():
-        fast, decoder, how = fast_room().quick_decoder(model)
+    if s.packed and side_room('fast'):
+        fast, decoder, how = side_room('fast').quick_decoder(model)
     if fast is not model:
         weights['packed'] = evaluate(fast, tokens, None, s.batch_size)[-1]
     if bit_linears(model):

@@ -4,16 +4,14 @@ The fast Walsh-Hadamard transform (B3, B4), and why a quantizer likes it.
     H_0 = (1),    H_m = 1/sqrt(2) [[H_{m-1},  H_{m-1}],        y = H_m x,   x of size n = 2^m
                                    [H_{m-1}, -H_{m-1}]]
 
-H is orthonormal and symmetric, so it is its own inverse and, for autograd, its own gradient. Each
-y_i is a sum of all x_j with signs: an outlier in one coordinate is spread over all of them. A
-quantizer that scales by max|x| then wastes fewer of its levels. That is all the transform is for.
-
-Two ways to compute it in less than the n^2 of a matrix product:
+H is orthonormal and symmetric: its own inverse and, for autograd, its own gradient. Each y_i sums
+all x_j with signs, so an outlier in one coordinate is spread over all. A quantizer that scales by
+max|x| then wastes fewer of its levels. That is all the transform is for. Two ways to compute it:
 
 - The butterfly: n log2(n) additions. It is the definition above, unrolled, and for reading.
 - Kronecker: H_m = H_a (x) H_b whenever a + b = m. With x laid out as a 2^a by 2^b matrix X, H x is
-  H_a X H_b: two products with small matrices, n (2^a + 2^b) multiplications. That is more work,
-  but it passes over memory twice instead of log2(n) times: 3 to 6 times faster on a CPU.
+  H_a X H_b. That is more work, n (2^a + 2^b) multiplications, but it passes over memory twice
+  instead of log2(n) times: 3 to 6 times faster on a CPU.
 """
 import functools
 

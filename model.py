@@ -11,9 +11,8 @@ BitSkip: a decoder-only transformer with ternary weights, whose every block can 
           v
         logits (B, T, V)
 
-q, k, v, o, up and down are BitLinear or HBitLinear (quant.py), all else is full precision. The
-papers' architectures are settings of one class: Paper A (86M) has LayerNorm, SubLN and squared
-ReLU, Paper B (1.06B) has RMSNorm and SwiGLU. Nothing has a bias: the parameters are Paper A's.
+q, k, v, o, up and down are BitLinear or HBitLinear (quant.py), all else is full precision. Nothing
+has a bias. Paper A (86M) has LayerNorm, SubLN and squared ReLU, Paper B (1.06B) RMSNorm and SwiGLU.
 """
 import math
 from dataclasses import dataclass, fields
@@ -78,8 +77,7 @@ class BitSkipConfig:
             self.target_exit = self.n_layer // 2
 
     @classmethod
-    def of(cls, settings):
-        """The model's part of a larger dict of settings."""
+    def of(cls, settings):  # the model's part of a larger dict
         return cls(**{f.name: settings[f.name] for f in fields(cls) if f.name in settings})
 
 def make_norm(config, size):
@@ -125,11 +123,10 @@ class Attention(nn.Module):
         y = y.transpose(1, 2).flatten(2)  # (B, H, T, D) -> (B, T, C)
         return self.o(self.sub_norm(y))
 
-    def heads(self, x):
-        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, T, H D) -> (B, H, T, D)
+    def heads(self, x):  # (B, T, H D) -> (B, H, T, D)
+        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
-    def remember(self, x, rope, past):
-        """Leave keys and values in the cache, and no more: for a token that has left before."""
+    def remember(self, x, rope, past):  # keys and values only, for a token that has left before
         k, v = map(self.heads, project(x, self.k, self.v))
         past.write(rotate(k, rope), v)
 
@@ -213,12 +210,10 @@ class BitSkip(nn.Module):
         losses: a dict of scalars, total, ce, ee, quant, route; with an exit_layer of its ce alone.
         return_logits=False returns None for the logits, which saves their memory.
         ValueError if there is no such layer, or the tokens do not fit into block_size."""
-        last = self.require_layer(exit_layer)
-        states = []
+        last, losses, states = self.require_layer(exit_layer), None, []
         for h in self.hidden_states(idx, last, cache):
             states = [h] if targets is None else states + [h]  # only the losses need them all
         states[-1] = self.exit_state(states[-1], last)
-        losses = None
         if targets is not None:
             losses = self.losses(idx, targets, states[-1:] if exit_layer is not None else states)
         return self.head(states[-1]) if return_logits else None, losses
@@ -226,13 +221,12 @@ class BitSkip(nn.Module):
     def hidden_states(self, idx, last=None, cache=None):
         """Yield h_0 ... h_last, each (B, T, C): what each block leaves, before any norm."""
         last, T = self.require_layer(last), idx.shape[1]
-        start = cache.length if cache is not None else 0
-        rope = self.rope(start, T)
-        h = self.embed(idx, start)
+        start = cache.length if cache else 0
+        rope, h = self.rope(start, T), self.embed(idx, start)
         for layer in range(last + 1):
-            h = self.run_block(layer, h, rope, cache.layer(layer) if cache is not None else None)
+            h = self.run_block(layer, h, rope, cache.layer(layer) if cache else None)
             yield h
-        if cache is not None:
+        if cache:
             cache.advance(T, depth=last + 1)
 
     def embed(self, idx, start=0):
@@ -251,8 +245,7 @@ class BitSkip(nn.Module):
         return h.index_copy(0, keep, block(h[keep], rope).to(h.dtype))
 
     def rope(self, start, length):
-        """RoPE's angles at positions from `start` on: cos and sin, (T, D/2) each. ValueError if the
-        positions do not fit into block_size."""
+        """RoPE's angles from `start` on: cos and sin, (T, D/2) each. ValueError past block_size."""
         if start + length > (most := self.config.block_size):
             raise ValueError(f'{start + length} tokens do not fit into block_size={most}')
         D, device = self.config.n_embd // self.config.n_head, self.device

@@ -6,18 +6,16 @@ Ternary weights, integer activations, and the two linear layers made of them.
     A3       y = W^ Q_b(FWHT(Pad(norm(x))))          BitLinear leaves FWHT and Pad out
     A8       L_quant = mean over matrices of mean((W - W^)^2)
 
-One alpha serves a matrix, one s serves a token. A quantizer returns integer codes and a scale;
-codes * scale is W^ or x^. Rounding has no useful gradient. The straight-through estimator takes the
-quantizer for the identity on the way back: dL/dW := dL/dW^ and dL/dx := dL/dx^. The optimizer moves
-the full-precision *latent* weight W. The model computes with W^ only.
+A quantizer returns integer codes and a scale; codes * scale is W^ or x^. A matrix has one alpha, a
+token one s. Rounding has no useful gradient. The straight-through estimator takes the quantizer for
+the identity on the way back: dL/dW := dL/dW^ and dL/dx := dL/dx^. The optimizer moves the *latent*
+weight W, in full precision. The model computes with W^ only.
 
 `ternary_linear` is the product of A3 by its definition. Its fast twin, `IntegerLinear`, multiplies
-int8 codes, sums in int32, and scales once: the same numbers and gradients, up to rounding. A new
-kind of layer overrides `BitLinear.ternary`, and nothing else (README, "Your own").
+int8 codes, sums in int32, and scales once: the same numbers and gradients, up to rounding.
 
-What differs from Paper A: the squared ReLU of A3 stands in the FFN only (model.py). As run, it
-ended every projection (papers/as_run.py). The LayerNorm of A3 is the norm that stands before each
-projection anyway; `linear_norm` adds one inside, so that norm and transform can be told apart.
+What differs from Paper A: A3's squared ReLU is in the FFN only (model.py), its LayerNorm is the one
+before each projection anyway, and `linear_norm` adds one inside.
 """
 import contextlib
 
@@ -127,9 +125,8 @@ def ternary_linear(x, weight, codes, scale, bits):
     gradient goes to `weight`, the latent W."""
     if integers_serve(x, codes, scale):
         return IntegerLinear.apply(x, weight, codes, scale, bits)  # the same, fast
-    x_hat = activation_quant_ste(x, bits)  # A2
     w_hat = straight_through(weight, dequantize(codes, scale))  # A1
-    return F.linear(x_hat, w_hat)
+    return F.linear(activation_quant_ste(x, bits), w_hat)  # A2
 
 def project(x, *layers):
     """[layer(x) for layer in layers], layers of one kind, as one product: q, k and v share their
@@ -170,8 +167,8 @@ def latent_weights(model):
 class IntegerLinear(torch.autograd.Function):
     """F.linear(x^, W^) as one int8 product with int32 sums, scaled at the end.
 
-    Arguments as ternary_linear, with one scale a matrix () or a row (out, 1). What is kept for the
-    backward pass is int8, a quarter of the memory of floats."""
+    Arguments as ternary_linear; one scale a matrix () or a row (out, 1). For backward it keeps int8,
+    a quarter of the memory of floats."""
 
     @staticmethod
     def forward(ctx, x, weight, codes, scale, bits):
@@ -181,8 +178,7 @@ class IntegerLinear(torch.autograd.Function):
         ctx.x_dtype = x.dtype
         x_codes, x_scale = activation_quant(x.reshape(-1, x.shape[-1]), bits)  # (N, in), (N, 1)
         ctx.save_for_backward(x_codes, x_scale, codes, scale)
-        y = torch._int_mm(x_codes, codes.t()).float()  # (N, out)
-        y = y.mul_(x_scale * scale.reshape(1, -1))
+        y = torch._int_mm(x_codes, codes.t()).float().mul_(x_scale * scale.reshape(1, -1))
         return y.to(ctx.dtype).reshape(*x.shape[:-1], len(codes))
 
     @staticmethod
@@ -218,18 +214,15 @@ ONEDNN = torch.backends.mkldnn.is_available()
 def float_product(a, b):
     """a b: (m, k), (k, n) -> (m, n). In float32 on a CPU by oneDNN: MKL, which @ asks, has less
     than half of its speed on AMD's processors. (torch.compile knows no way to oneDNN.)"""
-    if (ONEDNN and a.device.type == 'cpu' and a.dtype == torch.float32 and a.numel() and b.numel()
-            and not torch.compiler.is_compiling()):
+    known = a.dtype == torch.float32 and a.numel() and b.numel()
+    if ONEDNN and a.device.type == 'cpu' and known and not torch.compiler.is_compiling():
         return torch.ops.mkldnn._linear_pointwise(a, b.t(), None, 'none', [], '')
     return a @ b
 
 # Storage: five ternary digits to a byte, because 3^5 = 243 <= 256. That is 1.6 bits a weight; the
 # limit is log2(3) = 1.585. Byte j of a row holds columns 5j to 5j+4, the first is the lowest digit:
-#
 #     byte = (c0 + 1) + 3 (c1 + 1) + 9 (c2 + 1) + 27 (c3 + 1) + 81 (c4 + 1)      c in {-1, 0, 1}
-#
 # The last byte of a row is filled up with zeros (digit 1).
-
 TRITS = torch.tensor([1, 3, 9, 27, 81], dtype=torch.uint8)
 
 def pack_ternary(codes):

@@ -19,7 +19,7 @@ from common import pick_device, read_text_strict
 import torch
 
 from configurator import UserError, check, configure, run
-from decode import Decoder, fast_room, stream
+from decode import side_room, stream
 from prepare import get_tokenizer
 
 RAMP = (19, 25, 31, 37, 36, 71, 107, 143, 179, 208, 202, 196)  # terminal colours, early to late
@@ -50,14 +50,14 @@ class SampleSettings:
                      'seed': (0, 2 ** 62)})
         if self.prompt and self.prompt_file:
             raise ValueError('--prompt and --prompt_file both give a prompt; choose one')
-        early = self.exit_layer is not None or self.exit_mode != 'none'
-        if self.draft_layer is not None and early:
+        self.early = self.exit_layer is not None or self.exit_mode != 'none'
+        if self.draft_layer is not None and self.early:
             raise ValueError('--draft_layer checks each token at full depth, so it goes without '
                              '--exit_layer and --exit_mode')
 
 def main(argv):
     s = configure(SampleSettings, argv)
-    device, drafting = pick_device(s.device), s.draft_layer is not None
+    device, drafts = pick_device(s.device), s.draft_layer is not None
     prompt = read_text_strict(s.prompt_file) if s.prompt_file else s.prompt
     model, settings = open_model(run_file(find_run(s.out_dir), s.checkpoint), device)
     tokenizer = get_tokenizer(settings['meta']['tokenizer'])
@@ -67,60 +67,54 @@ def main(argv):
     ids = list(tokenizer.encode(prompt)) or [tokenizer.eot]
     if len(ids) > model.config.block_size:
         print(f'the model sees the last {model.config.block_size} tokens of {len(ids)} only')
-    decoder, how, fast = None, 'PyTorch', fast_room(required=drafting)
+    decoder, how, fast = None, 'PyTorch', side_room('fast', required=drafts)
     if s.packed and fast:
         model, decoder, how = fast.quick_decoder(model)
     print(f'decoding: {how}')
-    early = drafting or s.exit_mode != 'none' or s.exit_layer is not None
-    if early and not model.config.lambda_ee:
+    if (s.early or drafts) and not model.config.lambda_ee:
         print('note: the exits of this model were not trained (lambda_ee=0)')
     idx = torch.tensor([ids], device=device)  # (1, T)
-    options = dict(temperature=s.temperature, top_k=s.top_k, decoder=decoder or Decoder(model),
+    options = dict(temperature=s.temperature, top_k=s.top_k, decoder=decoder,
                    generator=torch.Generator(device).manual_seed(s.seed))
+    if drafts:
+        options |= dict(draft_layer=s.draft_layer, draft_len=s.draft_len)
+    else:
+        mode = None if s.exit_mode == 'none' else s.exit_mode
+        options |= dict(exit_layer=s.exit_layer, exit_mode=mode, exit_threshold=s.exit_threshold)
     for n in range(s.num_samples):
         try:
-            if drafting:
-                steps = fast.draft_and_check(model, idx, s.max_new_tokens, s.draft_layer,
-                                             s.draft_len, **options)
-            else:
-                mode = None if s.exit_mode == 'none' else s.exit_mode
-                steps = stream(model, idx, s.max_new_tokens, exit_layer=s.exit_layer,
-                               exit_mode=mode, exit_threshold=s.exit_threshold, **options)
+            write = fast.draft_and_check if drafts else stream
+            steps = write(model, idx, s.max_new_tokens, **options)
         except ValueError as error:
             raise UserError(str(error)) from None
         print('-' * 79 + '\n' if n else '', end='')
-        show(prompt, steps, tokenizer, model.config.n_layer, s.show_exits, drafting)
+        show(prompt, steps, tokenizer, model.config.n_layer, s.show_exits)
 
-def show(prompt, steps, tokenizer, n_layer, show_exits, drafting):
+def show(prompt, steps, tokenizer, n_layer, show_exits):
     """Print the prompt and its continuation as it comes, to the end of the text, and a summary.
 
-    steps yields tokens (1, n), and the layer that they left at (or how many were drafted)."""
-    show_exits = show_exits and not drafting
+    steps yields tokens (1, 1), and the layer that each left at."""
     coloured = show_exits and sys.stdout.isatty()
     text = codecs.getincrementaldecoder('utf-8')(errors='replace')  # a character may take several
     print(prompt, end='', flush=True)
-    counts, told, started = [], [], None
-    for tokens, what in steps:
+    layers, started = [], None
+    for token, layer in steps:
         started = started or time.perf_counter()  # the first one came with the prompt
-        new = tokens[0].tolist()
-        ends = tokenizer.eot in new
-        piece = text.decode(tokenizer.decode_bytes(new[:new.index(tokenizer.eot)] if ends else new))
-        print(in_colour(piece, int(what), n_layer) if coloured else piece, end='', flush=True)
-        counts.append(len(new))
-        told.append(int(what))
-        if ends:  # what the model would write next is another text
+        layers.append(int(layer))
+        if token.item() == tokenizer.eot:  # what the model would write next is another text
             break
+        piece = text.decode(tokenizer.decode_bytes([token.item()]))
+        print(in_colour(piece, layers[-1], n_layer) if coloured else piece, end='', flush=True)
     print(text.decode(b'', final=True))
     if show_exits:
         print('left after block: ' + ' '.join(
-            in_colour(str(layer), layer, n_layer) if coloured else f'{layer}:{told.count(layer)}'
+            in_colour(str(layer), layer, n_layer) if coloured else f'{layer}:{layers.count(layer)}'
             for layer in range(n_layer)))
-    if len(counts) > 1:
-        speed = sum(counts[1:]) / (time.perf_counter() - started)
-        share, mean = (sum(counts) - len(counts)) / max(1, sum(told)), sum(told) / len(told)
-        print(f'\n{sum(counts)} tokens, {speed:,.0f} tokens/s, ' + (
-            f'{share:.1%} of {sum(told)} drafts accepted' if drafting else
-            f'mean exit layer {mean:.2f} of 0 to {n_layer - 1} ({mean + 1:.2f} blocks)'))
+    if len(layers) > 1:
+        speed = (len(layers) - 1) / (time.perf_counter() - started)
+        mean = sum(layers) / len(layers)
+        print(f'\n{len(layers)} tokens, {speed:,.0f} tokens/s, mean exit layer {mean:.2f} of 0 to '
+              f'{n_layer - 1} ({mean + 1:.2f} blocks)')
 
 def in_colour(text, layer, n_layer):
     colour = RAMP[layer * (len(RAMP) - 1) // max(1, n_layer - 1)]

@@ -6,10 +6,8 @@ Train a BitSkip model.
     python train.py config/... --init_from=resume                   go on where a run was stopped
     torchrun --nproc_per_node=4 train.py config/bitskip_h_ee.py     four GPUs, or four CPU processes
 
-Step k is a pure function of the settings, of weights and optimizer after step k-1, and of k: each
-micro-batch seeds its random numbers from (seed, step, micro-batch). So a resumed run is bit-exact,
-and n processes with m micro-batches each take the same step as one process with n m.
-
+Each micro-batch seeds its random numbers from (seed, step, micro-batch). So a resumed run is
+bit-exact, and n processes with m micro-batches each take the same step as one process with n m.
 A run is a folder, out/<configs>/ (checkpoint.py).
 """
 import json
@@ -21,7 +19,7 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
 from typing import Literal
 
-from common import (Interrupts, Processes, atomic_write, autocast, can_compile, exclusive,
+from common import (Processes, atomic_write, autocast, can_compile, exclusive, interrupts,
                     keep_freed_memory, move_aside, pick_device, pick_dtype, say)  # before torch
 import numpy as np
 import torch
@@ -137,8 +135,8 @@ def save(name, model, s, meta, progress, optimizer=None):
     progress['log_size'] = os.path.getsize(path(s, 'log.jsonl'))
     state = {'model': model.state_dict(), 'model_class': class_name(type(model)),
              'settings': asdict(s), 'meta': meta, 'progress': dict(progress)}
-    save_checkpoint(path(s, name), state if optimizer is None else
-                    state | {'optimizer': optimizer.state_dict()})
+    state |= {'optimizer': optimizer.state_dict()} if optimizer else {}
+    save_checkpoint(path(s, name), state)
 
 def log(s, **metrics):
     with open(path(s, 'log.jsonl'), 'a', encoding='utf-8') as file:
@@ -200,13 +198,12 @@ def read_settings(argv, Settings):
                 raise UserError(f'{out_dir} has {key}={base[key]!r}; a run that goes on keeps that')
     return build(Settings, values | {'out_dir': out_dir, 'init_from': init_from}), saved
 
-def load_data(s, saved, processes):
+def load_data(s, saved):
     """meta, training tokens, validation tokens. A run that is resumed goes on with its own."""
     if s.init_from == 'resume':
         own = asdict(s) | {'meta': saved['meta']}
         return *data_of(own, 'train'), data_of(own, 'val')[1]
-    folder = processes.first_then_all(
-        lambda: prepare(s.dataset, s.tokenizer, s.source, s.data_dir))
+    folder = prepare(s.dataset, s.tokenizer, s.source, s.data_dir)
     return load_meta(folder), load_tokens(folder, 'train'), load_tokens(folder, 'val')
 
 def require_finite(s, found, *numbers):
@@ -235,7 +232,7 @@ def train(s, saved, Model):
     if s.gradient_accumulation_steps % processes.world:
         raise UserError(f'--gradient_accumulation_steps={s.gradient_accumulation_steps} cannot be '
                         f'dealt out to {processes.world} processes: take a multiple of that')
-    data = meta, train_tokens, _ = load_data(s, saved, processes)
+    data = meta, train_tokens, _ = load_data(s, saved)
     if len(train_tokens) <= s.block_size:
         raise UserError(f'the training text has {len(train_tokens)} tokens, too few for '
                         f'block_size={s.block_size}; take more text or a smaller --block_size')
@@ -251,7 +248,6 @@ def train(s, saved, Model):
             start_from(model, saved, s)
         if processes.is_main:
             start(s, meta)
-    processes.barrier()
     if s.compile and can_compile():
         for block in model.blocks:
             block.compile()
@@ -275,7 +271,7 @@ def loop(s, model, optimizer, progress, data, processes):
                bar_format='{n}/{total} |{bar:10}| {desc} ETA {remaining}', dynamic_ncols=True)
     clock = time.perf_counter() - progress['seconds']
     tokens_per_step = s.gradient_accumulation_steps * s.batch_size * s.block_size
-    with Interrupts() as interrupts:
+    with interrupts() as wanted:
         while True:
             # evaluate on the whole validation text, and save
             done = progress['iter']
@@ -296,7 +292,7 @@ def loop(s, model, optimizer, progress, data, processes):
                     with tqdm.external_write_mode():
                         say(f'step {done}: {describe(meta, loss)}' + ', not best' * (not better))
             finished = done >= s.max_iters or 0 < s.patience <= progress['bad_evals']
-            if finished or processes.any(interrupts.wanted):
+            if finished or processes.any(wanted):
                 break
             # one step
             started = time.perf_counter()

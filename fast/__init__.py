@@ -1,5 +1,5 @@
 """
-The side room of speed. The core asks it for a quick decoder (decode.fast_room). Where this folder
+The side room of speed. The core asks it for a quick decoder (decode.side_room). Where this folder
 is gone, the core goes on in plain PyTorch. Nothing is imported before it is needed.
 """
 
@@ -29,7 +29,11 @@ def quick_decoder(model):
     except (native.BuildError, ValueError) as error:
         return model, None, f'PyTorch, packed weights, int8 head; not in C: {error}'
 
-def draft_and_check(model, idx, max_new_tokens, *settings, **options):
-    """decode.stream, with the first blocks drafting what all blocks check (speculate.py)."""
+def draft_and_check(model, idx, max_new_tokens, **options):
+    """decode.stream, with the first blocks drafting what all blocks check (speculate.py). A token's
+    layer is the one that proposed it: a draft that stands has left early."""
     from fast.speculate import speculate
-    return speculate(model, idx, max_new_tokens, *settings, **options)
+    early, last = options['draft_layer'], model.config.n_layer - 1
+    passes = speculate(model, idx, max_new_tokens, **options)  # finds mistakes at once
+    return ((tokens[:, i:i + 1], early if i < tokens.shape[1] - 1 else last)
+            for tokens, _ in passes for i in range(tokens.shape[1]))

@@ -42,7 +42,7 @@ import torch.nn.functional as F
 from checkpoint import find_run, open_model, run_file
 from common import atomic_write, pick_device, require_suffix, synchronize
 from configurator import UserError, check, configure, run
-from decode import Decoder, require_sampling, sample, stream
+from decode import Decoder, LayerCache, require_sampling, sample, stream
 from eval_exits import table
 from fast import quick_decoder
 from prepare import data_of
@@ -68,7 +68,7 @@ def speculate(model, idx, max_new_tokens, draft_layer, draft_len=4, temperature=
     if len(idx) != 1:
         raise ValueError(f'speculative decoding is for one text at a time, got {len(idx)}')
     require_sampling(idx, temperature, top_k)
-    decoder = decoder or Decoder(model)
+    decoder = decoder or TorchDecoder(model)
     in_c = hasattr(decoder, 'draft') and top_k is None
     confidence = CONFIDENCE if temperature == 0 else 0.0
     how = dict(temperature=temperature, top_k=top_k)
@@ -78,6 +78,33 @@ def speculate(model, idx, max_new_tokens, draft_layer, draft_len=4, temperature=
             return decoder.draft(new, draft_layer, most, temperature, confidence, generator)
         return draft_in_steps(decoder, new, draft_layer, L - 1, most, how, confidence, generator)
     return passes(model, idx, max_new_tokens, draft_len, draft, how, generator, decoder)
+
+class TorchDecoder(Decoder):
+    """decode.Decoder in two halves, as native.Decoder has them.
+
+    states (1, T, C): what the newest tokens left the blocks with, before any norm."""
+
+    @torch.no_grad()
+    def step(self, tokens, n_logits=1, exit_layer=None):
+        last, T = self.model.require_layer(exit_layer), tokens.shape[1]
+        self.states = self.blocks(self.model.embed(tokens, self.length), 0, last)
+        self.length += T
+        return self.logits(self.states[0, T - n_logits:], last), last
+
+    @torch.no_grad()
+    def blocks(self, h, first, last, start=None):
+        """The states before block `first` (1, T, C), of tokens from position `start` (default:
+        length) on -> those after block `last`. The cache keeps keys and values; `length` stays."""
+        start = self.length if start is None else start
+        rope, cache = self.model.rope(start, h.shape[1]), self.cache
+        for layer in range(first, last + 1):
+            h = self.model.blocks[layer](h, rope, LayerCache(cache.k[layer], cache.v[layer], start))
+            cache.filled[layer] = start + h.shape[1]
+        return h
+
+    def logits(self, h, layer=None):
+        """h (..., C) after block `layer` (default: the last) -> logits (..., V) of that exit."""
+        return self.model.head(self.model.exit_state(h, self.model.require_layer(layer)))
 
 @torch.no_grad()
 def passes(model, idx, max_new_tokens, draft_len, draft, how, generator, decoder):

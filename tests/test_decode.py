@@ -3,7 +3,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import KINDS
-from torch.testing import assert_close
 
 import decode
 from decode import EXIT_MODES, Decoder, KVCache, sample, stream
@@ -157,8 +156,6 @@ def test_a6_exits_token_by_token_are_those_of_the_definition(make_model, tokens,
                                        exit_threshold=threshold)
         assert torch.equal(left_at, layers[:, t])
         assert_near(logits, expected[:, t], linear)
-        for row, layer in enumerate(left_at.tolist()):
-            assert_close(decoder.logits(decoder.states[row, -1], layer), logits[row])
 
 
 @pytest.mark.parametrize('mode', EXIT_MODES)

@@ -93,11 +93,11 @@ def test_sample_seeds_texts_and_long_prompts(say):
 def test_sample_stops_where_the_text_ends(say, monkeypatch):
     """What came after the end, a NUL and another text, was printed. A character may take several
     tokens."""
-    steps = [([97, 195], 1), ([164, 98], 1), ([99, 0, 100], 2), ([101], 0)]
+    steps = [(97, 1), (195, 1), (164, 1), (98, 1), (99, 2), (0, 2), (100, 0)]
     monkeypatch.setattr(sample, 'stream', lambda *args, **options: (
-        (torch.tensor([new]), torch.tensor([layer])) for new, layer in steps))
+        (torch.tensor([[new]]), torch.tensor([layer])) for new, layer in steps))
     out = say('--prompt=x', '--show_exits')
-    assert '\nxa\u00e4bc\n' in out and '7 tokens, ' in out and sum(exits_of(out).values()) == 3
+    assert '\nxa\u00e4bc\n' in out and '6 tokens, ' in out and sum(exits_of(out).values()) == 6
 
 
 @pytest.mark.parametrize('mode', ['gate', 'confidence', 'saturation'])
