@@ -167,7 +167,7 @@ def latent_weights(model):
 class IntegerLinear(torch.autograd.Function):
     """F.linear(x^, W^) as one int8 product with int32 sums, scaled at the end.
 
-    Arguments as ternary_linear; one scale a matrix () or a row (out, 1). For backward it keeps int8,
+    Arguments as ternary_linear; one scale a matrix () or a row (out, 1). Backward finds int8 kept,
     a quarter of the memory of floats."""
 
     @staticmethod
