@@ -102,8 +102,11 @@ TABLES = {
         'decaying': '-m papers.decay config/compose.py config/cpu.py '
                     'config/cpu_long.py'}, 3, (4e-3,)),
     'routing': Table('the routing loss', {
-        'without': CPU.format('bitskip_h') + ' --lambda_r=0',
-        'through the blocks': CPU.format('bitskip_h') + ' --lambda_r=0.2'}, 3, (4e-3,)),
+        'without': CPU.format('bitskip_h') + ' --lambda_r=0'} | {
+        label: f'{module} config/bitskip_h.py config/cpu.py config/cpu_long.py --lambda_r=0.2'
+        for label, module in (('through the blocks', 'train.py'),
+                              ('to the gates alone', '-m papers.routing Detached'),
+                              ('clipped apart', '-m papers.routing Clipped'))}, 3, (4e-3,)),
     'B': Table("Paper B's variants, 24 narrow blocks, bytes", {
         name: f'{CPU.format(config)} {NARROW} {flags}'.strip() for name, config, flags in (
             ('V1', 'tinystories_v1', ''), ('V2', 'tinystories_v2', ''),

@@ -151,9 +151,16 @@ def dead_table():
     return ['cell', *names], [[cell] + [f'{rms[name][-1]:.1e}' for name in names]
                               for cell, rms in found['gradients'].items()]
 
-MAKE = {'dead': dead_table, 'ladder': ladder_table, 'as_run': as_run_table,
+def yardsticks_table():
+    """Bits per byte of the test text by others than our models (papers/yardsticks.py)."""
+    path = PAGE.parent / 'results' / 'yardsticks.json'
+    found = json.loads(path.read_text(encoding='utf-8')) if path.exists() else {}
+    return ['yardstick', 'bits per byte'], [[name, f'{value:.3f}'] for name, value in found.items()
+                                            if type(value) is float]
+
+MAKE = {'dead': dead_table, 'yardsticks': yardsticks_table, 'ladder': ladder_table, 'as_run': as_run_table,
         'as_run_exits': as_run_exits_table, 'alpha': alpha_table}
-NAMES = ('dead', 'ladder', 'as_run', 'as_run_exits', 'alpha', *[t for t in TABLES if t != 'ladder'])
+NAMES = ('dead', 'yardsticks', 'ladder', 'as_run', 'as_run_exits', 'alpha', *[t for t in TABLES if t != 'ladder'])
 
 def make(name):
     return MAKE[name]() if name in MAKE else cells_table(name)

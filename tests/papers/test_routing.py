@@ -1,0 +1,42 @@
+"""The routing loss reaches the gates always, the blocks as far as the variant lets it."""
+import pytest
+import torch
+from conftest import TINY, flags, text_folder
+
+from checkpoint import open_model
+from configurator import UserError
+from model import BitSkip, BitSkipConfig
+from papers import routing
+
+def gradients(Model, tokens):
+    """Norms of A9's gradient for the gates and for the embedding, and the loss."""
+    torch.manual_seed(0)
+    model = Model(BitSkipConfig(**TINY | dict(lambda_r=0.2))).eval()
+    states = list(model.hidden_states(tokens(4, 12)))
+    loss = 1e4 * model.gate_loss(states[:-1], states[-1])
+    loss.backward()
+    gates = torch.cat([p.grad.flatten() for p in model.gates.parameters()]).norm()
+    return gates, model.embedding.weight.grad, loss.detach()
+
+def test_who_learns_from_the_routing_loss(tokens):
+    (gates, ours, loss), detached, clipped = (
+        gradients(Model, tokens) for Model in (BitSkip, routing.Detached, routing.Clipped))
+    assert ours.norm() > 10 * routing.CLIP and detached[1] is None
+    assert 0 < clipped[1].norm() < 0.1 * ours.norm()
+    for other in (detached, clipped):
+        assert other[0] == gates > 0 and other[2] == loss
+
+def test_a_clipped_gradient_keeps_its_direction():
+    h = torch.randn(3, 4, requires_grad=True)
+    for scale, norm in ((1e-6, None), (5.0, routing.CLIP)):
+        grad, = torch.autograd.grad((routing.ClipGradient.apply(h) * scale).sum(), h)
+        assert torch.allclose(grad, grad[0, 0].expand(3, 4))
+        assert torch.allclose(grad.norm(), torch.tensor(norm or scale * 12 ** 0.5))
+
+def test_it_trains_by_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text_folder()
+    routing.start(['Clipped', *flags(max_iters=2, lambda_r=0.2)])
+    assert isinstance(open_model('out/run/ckpt.pt')[0], routing.Clipped)
+    with pytest.raises(UserError, match='name a variant first: Detached or Clipped'):
+        routing.start(['--max_iters=2'])
