@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import quant
-from model import BitSkip, BitSkipConfig
+from model import BitSkip
 
 torch.set_num_threads(1)  # at these sizes a second thread costs more than it brings
 
@@ -70,21 +70,28 @@ def seed():
     torch.manual_seed(0)
 
 
+def initial(Model=BitSkip, **settings):
+    """A tiny model in eval mode, as it is before training."""
+    torch.manual_seed(0)
+    return Model(Model.Config(**TINY | settings)).eval()
+
+
+def painted(model):
+    """The model with weights larger than at initialisation and norms not all ones, so that leaving
+    anything out changes what it says."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                parameter.normal_(std=0.2)
+            else:
+                parameter.uniform_(0.5, 1.5)
+    return model
+
+
 @pytest.fixture
 def make_model():
-    """make_model(**settings): a tiny model in eval mode. Its weights are larger than at
-    initialisation and its norms not all ones, so that leaving anything out changes what it says."""
-    def make(Model=BitSkip, **settings):
-        torch.manual_seed(0)
-        model = Model(BitSkipConfig(**TINY | settings)).eval()
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.dim() == 2:
-                    parameter.normal_(std=0.2)
-                else:
-                    parameter.uniform_(0.5, 1.5)
-        return model
-    return make
+    """make_model(**settings): a tiny model that is painted, in eval mode."""
+    return lambda Model=BitSkip, **settings: painted(initial(Model, **settings))
 
 
 @pytest.fixture

@@ -2,39 +2,26 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY, all_exits, flags, text_folder
+from conftest import TINY, all_exits, flags, initial, text_folder
 
 import sample
 from checkpoint import load_checkpoint, open_model
 from configurator import UserError
-from decode import Decoder, KVCache
+from decode import Decoder
 from eval_exits import evaluate
 from exits import exit_weights
-from model import BitSkip, BitSkipConfig
 from papers.heads import Heads, HeadsSettings
 from train import main, make_optimizer
 
-KINDS = ['adapter', 'own', 'shared']
+kinds = pytest.mark.parametrize('exit_head', ['adapter', 'own', 'shared'])
 EXITS = dict(lambda_ee=0.3, lambda_r=0.2, rank=4)
 
+@pytest.fixture
+def make(make_model):
+    return lambda **settings: make_model(Heads, **EXITS | settings)
 
-def make(**settings):
-    """A tiny model in eval mode, whose exits differ."""
-    torch.manual_seed(0)
-    model = Heads(HeadsSettings(**TINY | EXITS | settings)).eval()
-    with torch.no_grad():
-        for p in model.parameters():
-            p.normal_(std=0.2) if p.dim() == 2 else p.uniform_(0.5, 1.5)
-    return model
-
-
-def finished(**settings):
-    torch.manual_seed(1)
-    return BitSkip(BitSkipConfig(**TINY | settings)).eval()
-
-
-@pytest.mark.parametrize('exit_head', KINDS)
-def test_logits_by_definition(tokens, exit_head):
+@kinds
+def test_logits_by_definition(make, tokens, exit_head):
     model, idx = make(exit_head=exit_head), tokens()
     states, logits = list(model.hidden_states(idx)), all_exits(model, idx)
     for layer, h in enumerate(states):
@@ -48,68 +35,45 @@ def test_logits_by_definition(tokens, exit_head):
         torch.testing.assert_close(logits[layer], expected)
         torch.testing.assert_close(model(idx, exit_layer=layer)[0], expected)
 
-
 @pytest.mark.parametrize('distill', [0.0, 0.3, 1.0])
-@pytest.mark.parametrize('exit_head', KINDS)
-def test_loss_by_definition(tokens, exit_head, distill):
+@kinds
+def test_loss_by_definition(make, tokens, exit_head, distill):
     """sum_l w_l CE(logits_l, (1 - d) onehot + d softmax(logits_{L-1})), the teacher a constant."""
     model, idx, targets = make(exit_head=exit_head, distill=distill), tokens(), tokens(seed=1)
     logits = all_exits(model, idx).flatten(1, 2)  # (L, B T, V)
     soft = logits[-1].detach().softmax(dim=-1)
     target = (1 - distill) * F.one_hot(targets.flatten(), 31) + distill * soft
     ee = sum(w * F.cross_entropy(x, target) for w, x in zip(exit_weights(3, 'early'), logits))
-    losses = model(idx, targets)[1]
+    ce, losses = F.cross_entropy(logits[-1], targets.flatten()), model(idx, targets)[1]
     torch.testing.assert_close(losses['ee'], ee)
-    ce = F.cross_entropy(logits[-1], targets.flatten())
     torch.testing.assert_close(losses['ce'], ce)
-    loss = losses['ce'] + losses['ee']
+    torch.testing.assert_close(losses['total'], ce + 0.3 * ee + 0.2 * losses['route'])
     names, parameters = zip(*((n, p) for n, p in model.named_parameters() if 'gates' not in n))
-    grads = torch.autograd.grad(loss, parameters)
+    grads = torch.autograd.grad(losses['ce'] + losses['ee'], parameters)
     for name, ours, expected in zip(names, grads, torch.autograd.grad(ce + ee, parameters)):
         torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-5, msg=name)
 
-
-def test_nothing_own_is_bitskip(tokens):
-    model, ours = make(exit_head='shared'), finished(lambda_ee=0.3, lambda_r=0.2)
-    ours.load_state_dict(model.state_dict())
-    torch.testing.assert_close(model(tokens(), tokens(seed=1)), ours(tokens(), tokens(seed=1)))
-
-
-@pytest.mark.parametrize('exit_head', KINDS)
-def test_causality_cache_and_leaving(tokens, exit_head):
+@kinds
+@pytest.mark.parametrize('mode, threshold', [('confidence', 0.2), ('gate', 0.5)])
+def test_each_sample_leaves_at_its_own_exit(make, tokens, exit_head, mode, threshold):
     model, idx = make(exit_head=exit_head), tokens()
-    changed, logits, cache = idx.clone(), all_exits(model, idx), KVCache(model, 2)
-    changed[:, 5] = (idx[:, 5] + 1) % 31
-    assert torch.equal(all_exits(model, changed)[:, :, :5], logits[:, :, :5])
-    parts = [all_exits(model, part, cache) for part in idx.split((3, 1, 4), dim=1)]
-    torch.testing.assert_close(torch.cat(parts, dim=2), logits, rtol=1e-4, atol=1e-4)
-    decoder = Decoder(model, 2)
+    logits, decoder = all_exits(model, idx), Decoder(model, 2)
     decoder.step(idx[:, :7])
-    for mode, threshold in [('confidence', 0.2), ('gate', 0.5)]:  # each sample at its own exit
-        decoder.length = 7
-        got, layers = decoder.step(idx[:, 7:], exit_mode=mode, exit_threshold=threshold)
-        for b, layer in enumerate(layers.tolist()):
-            torch.testing.assert_close(got[b], logits[layer, b, 7], rtol=1e-4, atol=1e-4)
-
+    got, layers = decoder.step(idx[:, 7:], exit_mode=mode, exit_threshold=threshold)
+    for b, layer in enumerate(layers.tolist()):
+        torch.testing.assert_close(got[b], logits[layer, b, 7], rtol=1e-4, atol=1e-4)
 
 @pytest.mark.parametrize('exit_head', ['adapter', 'own'])
-def test_starts_as_the_finished_model(tokens, exit_head):
-    ours = finished()
-    model = Heads(HeadsSettings(**TINY | EXITS | dict(exit_head=exit_head))).eval()
-    model.load_state_dict(model.adopt(ours.state_dict()), strict=False)
-    torch.testing.assert_close(all_exits(model, tokens()), all_exits(ours, tokens()))
-
-
-@pytest.mark.parametrize('exit_head', ['adapter', 'own'])
-def test_frozen(tokens, exit_head):
+def test_frozen_starts_as_the_finished_model_and_trains_the_exits_alone(tokens, exit_head):
     """Only what exits have of their own moves; the rest stays what it is, bit for bit."""
-    ours = finished(dropout=0.1, p_max=0.7)
+    ours = initial(dropout=0.1, p_max=0.7)
     s = HeadsSettings(**TINY | EXITS | dict(exit_head=exit_head, frozen=True, init_from='out/x',
                                             distill=0.5, dropout=0.1, p_max=0.7))
-    model = Heads(s)
+    model = Heads(s).eval()
     model.load_state_dict(model.adopt(ours.state_dict()), strict=False)
     before = {name: p.clone() for name, p in model.named_parameters()}
-    full, optimizer = all_exits(ours, tokens())[-1], make_optimizer(model, s)
+    finished, optimizer = all_exits(ours, tokens()), make_optimizer(model, s)
+    torch.testing.assert_close(all_exits(model, tokens()), finished)
     for _ in range(3):
         model.train()(tokens(), tokens(seed=1))[1]['total'].backward()
         optimizer.step()
@@ -117,8 +81,7 @@ def test_frozen(tokens, exit_head):
     for name, p in model.named_parameters():
         assert torch.equal(p, before[name]) != name.startswith(learns), name
     now = all_exits(model.eval(), tokens())
-    assert torch.equal(now[-1], full) and not torch.equal(now[0], all_exits(ours, tokens())[0])
-
+    assert torch.equal(now[-1], finished[-1]) and not torch.equal(now[0], finished[0])
 
 def test_settings_that_cannot_be():
     nothing = dict(frozen=True, init_from='out/x', lambda_r=0.0)
@@ -126,7 +89,6 @@ def test_settings_that_cannot_be():
                      nothing | dict(exit_head='shared'), dict(distill=1.5), dict(rank=0)):
         with pytest.raises(ValueError):
             HeadsSettings(**TINY | EXITS | settings)
-
 
 def test_command_line(tmp_path, capsys):
     """A finished model gets exits; full depth is what it was, and sample.py reads the new heads."""
