@@ -6,7 +6,7 @@ import os
 import re
 import subprocess
 import sys
-import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -122,8 +122,7 @@ def test_sums_at_the_ends_of_their_range(make):
     model, decoder = make('exits without a norm')
     model.head.codes.copy_(torch.arange(31)[:, None] % 2 * 254 - 127)
     for isa, sign, margin in itertools.product(isas(), (1.0, -1.0), (math.inf, -math.inf)):
-        h = torch.full((1, 1, 32), sign)
-        logits = decoder(isa=isa, margin=margin).logits(h, layer=0)[0, 0]
+        logits = decoder(isa=isa, margin=margin).logits(torch.full((1, 1, 32), sign), 0)[0, 0]
         expected = model.head.codes.float().sum(1) * sign * model.head.scale[:, 0]
         assert_close(logits, expected, rtol=1e-5 if margin > 0 else 0.1, atol=0)
 
@@ -174,10 +173,9 @@ print('defined')
 def test_behaviour_is_defined(tmp_path):
     """An index past the declared end of an array worked with GCC 12. GCC 14 then left out the zeros
     behind an input whose width is no multiple of 16: wrong logits, with AVX-512 alone."""
-    env = os.environ | {'PYTHONPATH': str(native.SOURCE.parents[1]),
-                        'XDG_CACHE_HOME': str(tmp_path)}
-    command = [sys.executable, '-c', SANITIZED]
-    done = subprocess.run(command, capture_output=True, text=True, env=env)
+    places = {'PYTHONPATH': str(native.SOURCE.parents[1]), 'XDG_CACHE_HOME': str(tmp_path)}
+    done = subprocess.run([sys.executable, '-c', SANITIZED], capture_output=True, text=True,
+                          env=os.environ | places)
     if done.stdout.startswith('not here'):
         pytest.skip(done.stdout)
     assert done.stdout == 'defined\n', done.stdout + done.stderr
@@ -212,11 +210,9 @@ def test_decoders_at_the_same_time(make):
         for _ in range(20):
             mine.length = 0
             results.append(mine.step(text, n_logits=40)[0])
-    workers = [threading.Thread(target=work) for _ in range(3)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
+    with ThreadPoolExecutor(3) as pool:
+        for _ in range(3):
+            pool.submit(work)
     assert len(results) == 60 and all(torch.equal(result, expected) for result in results)
 
 def test_what_is_impossible(make, make_model):
@@ -241,8 +237,6 @@ def test_what_is_impossible(make, make_model):
     for other in (make_model(linear='fp'), to_ternary(make_model(), head='fp32')):
         with pytest.raises(ValueError, match='no ternary weights|int8'):
             native.Decoder(other)
-
-# ---- building ----
 
 @pytest.fixture
 def fresh(monkeypatch, tmp_path):
@@ -277,8 +271,8 @@ def test_built_once_and_never_loaded_damaged(make, fresh, monkeypatch, damage):
     assert oct(fresh.stat().st_mode)[-3:] == '700'
     data = file.read_bytes()
     file.unlink()  # the one that is loaded keeps its contents
-    middle = data[:5000] + bytes(100) + data[5100:]
-    file.write_bytes({None: data, 'truncated': data[:9000], 'changed': middle}[damage])
+    file.write_bytes({None: data, 'truncated': data[:9000],
+                      'changed': data[:5000] + bytes(100) + data[5100:]}[damage])
     native.library.cache_clear()
     with monkeypatch.context() as patch:
         if damage is None:

@@ -30,27 +30,27 @@ def decoder_of(model, how):
         pytest.skip(why)
     return native.Decoder(model)
 
-def plain(model, idx, n, **options):
-    """n greedy tokens, (1, n)."""
-    return torch.cat([t for t, _ in stream(model, idx, n, temperature=0, **options)], dim=1)
-
 @kinds
 @both
 @pytest.mark.parametrize('n_prompt', [5, 30])
 def test_greedy_text_is_plain_greedy_text(make_model, tokens, monkeypatch, kind, how, n_prompt):
     """Beyond block_size, too, whatever drafts and how many. In C to the bit. In PyTorch a pass of
-    several tokens may round otherwise, which shows where two candidates are that close."""
+    several tokens may round otherwise, which shows where two candidates are that close. (Nor do
+    refused drafts leave a trace: there are many.)"""
     model, idx = make_model(**dict(n_layer=4) | KINDS[kind]), tokens(1, n_prompt, seed=n_prompt)
     decoder, size = decoder_of(model, how), model.config.block_size
-    expected = plain(model, idx, 24, decoder=decoder if how == 'native' else None)
+    own = decoder if how == 'native' else None
+    steps = stream(model, idx, 24, temperature=0, decoder=own)
+    expected = torch.cat([token for token, _ in steps], dim=1)
     for k, draft_len, confidence in ((0, 40, 0.0), (1, 2, 0.3), (2, 5, 0.2)):
         monkeypatch.setattr('fast.speculate.CONFIDENCE', confidence)
         steps = list(speculate(model, idx, 24, k, draft_len, temperature=0, decoder=decoder))
         assert all(1 <= new.shape[1] <= d + 1 <= draft_len + 1 for new, d in steps)
+        assert confidence or sum(d + 1 - new.shape[1] for new, d in steps) > 10
         new = torch.cat([new for new, _ in steps], dim=1)
-        if how == 'native' or torch.equal(new, expected):
-            assert torch.equal(new, expected)
+        if torch.equal(new, expected):
             continue
+        assert how == 'PyTorch'
         at = (new != expected)[0].nonzero()[0].item()  # there, the two are as good as equal
         context, begin = torch.cat((idx, expected[:, :at]), dim=1), 0
         for end in range(min(n_prompt, size), context.shape[1] + 1):  # what the cache held then
@@ -71,22 +71,12 @@ def test_drafts_of_a_model_that_agrees_with_itself_all_stand(make_model, tokens,
         steps = speculate(model, tokens(1, n_prompt), n, 1, 3, temperature=0, decoder=decoder)
         assert [(new.shape[1], d) for new, d in steps] == [(n, n - 1) for n in expected]
 
-@kinds
-@both
-def test_refused_drafts_leave_no_trace(make_model, tokens, kind, how):
-    """After each pass the cache is that of a decoder that has read the text, and nothing else."""
-    model = make_model(**KINDS[kind] | dict(block_size=48))
-    text, refused, ours = tokens(1, 6), 0, decoder_of(model, how)
-    for new, n_drafts in speculate(model, text, 40, 1, 3, temperature=0, decoder=ours):
-        text, refused = torch.cat((text, new), dim=1), refused + n_drafts + 1 - new.shape[1]
-        fresh = decoder_of(model, how)
-        fresh.step(text[:, :-1])  # the newest token is still to be read
-        length = fresh.length
-        assert ours.length == length == text.shape[1] - 1
-        a, b = (d.step(text[:, -1:])[0] for d in (ours, fresh))
-        ours.length = length
-        assert torch.equal(a, b) if how == 'native' else (a - b).norm() <= 0.05 * b.norm()
-    assert refused > 10
+def chi_square(counts, p):
+    """In standard deviations above its mean: about N(0, 1) if counts were drawn with p."""
+    expected, possible = counts.sum() * p, p > 0
+    assert counts[~possible].sum() == 0
+    x = ((counts - expected)[possible].square() / expected[possible]).sum()
+    return ((x - possible.sum() + 1) / (2 * (possible.sum() - 1)) ** 0.5).item()
 
 @kinds
 @both
@@ -103,15 +93,6 @@ def test_verification_is_causal(make_model, tokens, kind, how):
         results.append(decoder.logits(decoder.blocks(decoder.states, 1, 2, start=8))[0])
         assert torch.equal(results[-1][:t], results[0][:t])
         assert t == 6 or not torch.equal(results[-1][t], results[0][t])
-
-# ---- sampling: P(out = x) is p(x), not nearly but exactly ----
-
-def chi_square(counts, p):
-    """In standard deviations above its mean: about N(0, 1) if counts were drawn with p."""
-    expected, possible = counts.sum() * p, p > 0
-    assert counts[~possible].sum() == 0
-    x = ((counts - expected)[possible].square() / expected[possible]).sum()
-    return ((x - possible.sum() + 1) / (2 * (possible.sum() - 1)) ** 0.5).item()
 
 def test_accepted_and_replaced_drafts_are_distributed_as_p():
     """And a replacement drawn from p, instead of what q leaves of it, would be noticed."""

@@ -78,8 +78,6 @@ def test_refusals():
     with pytest.raises(ValueError, match='two bits are 11'):
         unpack_2bit(w | 0b1100, 9)
 
-# ---- the kernel, interpreted ----
-
 @needs_triton
 def test_kernel_in_the_interpreter():
     assert re.search(r'\b3 passed\b', run_functions('interpreted_', TRITON_INTERPRET='1'))
@@ -115,8 +113,6 @@ def interpreted_scaled_product_of_strided_inputs():
         expected = (reference(x, w).float() * (x_scale * w_scale.reshape(-1))).to(dtype)
         tolerance = 1 / 128 if dtype == torch.bfloat16 else 0
         torch.testing.assert_close(y, expected, rtol=tolerance, atol=0)
-
-# ---- the kernel, compiled (Triton brings NVIDIA's assembler along, so this takes no GPU) ----
 
 @needs_triton
 def test_kernel_compiles_for_gpus(tmp_path):
