@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import text_folder
+from conftest import painted, text_folder
 
 from checkpoint import save_checkpoint
 from eval_exits import measure_speed
@@ -23,19 +23,14 @@ SETTINGS = vars(TrainSettings()) | dict(
     dataset='text.txt', tokenizer='bytes', vocab_size=256)
 ARCEE = dict(linear='bitlinear', norm='rmsnorm', sub_norm=False, gate_dim=0, exit_norm='final')
 
-
 def save_run(out_dir, **changes):
-    """A run as train.py leaves it. Its weights are random, but large enough to be opinionated."""
+    """A run as train.py leaves it, of a model with random weights."""
     settings = SETTINGS | changes
     torch.manual_seed(0)
-    model = BitSkip(BitSkipConfig.of(settings))
-    with torch.no_grad():
-        for p in model.parameters():
-            p.normal_(std=0.2) if p.dim() == 2 else p.uniform_(0.5, 1.5)
+    model = painted(BitSkip(BitSkipConfig.of(settings)))
     save_checkpoint(f'{out_dir}/ckpt.pt', {
         'model': model.state_dict(), 'settings': settings, 'progress': {'iter': 60},
         'meta': load_meta(prepare('text.txt', 'bytes'))})
-
 
 @pytest.fixture(scope='module', autouse=True)
 def folder(tmp_path_factory):
@@ -45,15 +40,12 @@ def folder(tmp_path_factory):
         patch.setattr(hf, 'measure_speed', partial(measure_speed, n_tokens=1, rounds=1))
         yield
 
-
 def load(folder, **options):
     from transformers import AutoModelForCausalLM
     return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, **options)
 
-
 def text(B=2, T=20):
     return torch.randint(1, 256, (B, T), generator=torch.Generator().manual_seed(1))
-
 
 def greedy(ours, idx, max_length, blocks=L, **options):
     """Our own greedy continuation of idx (1, T) up to max_length, or to the end of the text."""

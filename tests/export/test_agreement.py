@@ -1,15 +1,11 @@
 """
-Our BitLinear beside two others: transformers' (integrations.bitnet, online) and torchao's (BitNet
-training). On the same latent weights and inputs, outputs and gradients are the same, up to float32
-sums. What they define differently:
+Our BitLinear beside transformers' (integrations.bitnet, online) and torchao's (BitNet training):
+outputs and gradients are the same, up to float32 sums. What they define differently:
 
-- eps. We divide by max|x| and mean|W| however small they are. transformers takes 1e-5 for what is
-  below. torchao does, too, for mean|W| and max|x| / 127, but only to find the codes. So tokens that
-  are that small lose levels there, and keep them here.
-- Ties. We divide x by max|x| / 127 where transformers multiplies by 127 / max|x|, and torchao by
-  the inverse of our divisor. Where the last bit decides about a half, codes can differ by one.
-- transformers' layer may have a bias and a norm of its own. Neither knows the Hadamard transform:
-  HBitLinear is their layer behind ours.
+- eps. We divide by max|x| and mean|W| however small they are. They take 1e-5 for what is below, so
+  tokens that are that small lose levels there.
+- Ties. We divide x by max|x| / 127, transformers multiplies by 127 / max|x|, torchao by the inverse
+  of our divisor. Where the last bit decides about a half, codes can differ by one.
 """
 import pytest
 import torch
@@ -17,18 +13,14 @@ from runs import EXTRA
 from torch.testing import assert_close
 
 from hadamard import fwht
-from quant import BitLinear, HBitLinear, activation_quant, weight_ternary
-
-
-def bitnet():
-    return pytest.importorskip('transformers.integrations.bitnet', reason=f'transformers {EXTRA}')
-
+from quant import BitLinear, HBitLinear
 
 def transformers_linear(weight):
-    layer = bitnet().AutoBitLinear(*weight.t().shape, bias=False, online_quant=True)
+    name = 'transformers.integrations.bitnet'
+    bitnet = pytest.importorskip(name, reason=f'transformers {EXTRA}')
+    layer = bitnet.AutoBitLinear(*weight.t().shape, bias=False, online_quant=True)
     layer.weight = torch.nn.Parameter(weight.clone())
     return layer
-
 
 def torchao_linear(weight):
     name = 'torchao.prototype.quantized_training'
@@ -39,15 +31,12 @@ def torchao_linear(weight):
     quantize_(layer, training.bitnet_training())
     return layer
 
-
 others = pytest.mark.parametrize('make', [transformers_linear, torchao_linear])
-
 
 @pytest.fixture(autouse=True)
 def eager():
     with torch.compiler.set_stance('force_eager'):
         yield
-
 
 def inputs(*shape):
     """Tokens of different sizes, some with outliers."""
@@ -55,13 +44,11 @@ def inputs(*shape):
     x[..., ::3, 1] *= 20
     return x
 
-
 def same(ours, other):
     """Equal up to float32 sums, relative to the largest of each row: a code off by one shows."""
     for a, b in zip(ours, other):
         scale = b.abs().amax(-1, keepdim=True)
         assert_close(a / scale, b / scale, rtol=0, atol=1e-5)
-
 
 @others
 @pytest.mark.parametrize('product', ['integer', 'fake'])
@@ -81,7 +68,6 @@ def test_outputs_and_gradients_agree(make, product, kind, use_product):
     with pytest.raises(AssertionError):
         same(results[0], results[2])
 
-
 @others
 def test_small_tokens_are_where_definitions_part(make):
     """max|x| = 1e-7, below their eps: we keep the levels, theirs are down to one or two."""
@@ -90,13 +76,3 @@ def test_small_tokens_are_where_definitions_part(make):
     same([ours(x * size).detach()], [ours(x).detach() * size])
     error = make(ours.weight.detach())(x * size) - ours(x) * size
     assert error.abs().max() > 0.05 * (ours(x) * size).abs().max()
-
-
-def test_packed_layer_of_transformers_computes_with_our_codes():
-    """Its layer for inference takes our codes, packed its way, and one over our scale."""
-    ours, x = BitLinear(64, 32), inputs(5, 64)
-    codes, scale = weight_ternary(ours.weight)
-    theirs = bitnet().BitLinear(64, 32, bias=False, dtype=torch.float32)
-    theirs.weight, theirs.weight_scale = bitnet().pack_weights(codes.clone()), 1 / scale
-    same([ours(x).detach()], [theirs(x)])
-    assert torch.equal(theirs.activation_quant(x)[0], activation_quant(x)[0])

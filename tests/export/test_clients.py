@@ -7,13 +7,11 @@ import torch.nn.functional as F
 from runs import ARCEE, EXTRA, L, folder, greedy, load, save_run, text  # noqa: F401
 from torch.testing import assert_close
 
+from checkpoint import open_model
+from export import hf
+from quant import weight_ternary
+
 transformers = pytest.importorskip('transformers', reason=f'transformers {EXTRA}')
-
-from checkpoint import open_model  # noqa: E402
-from exits import linear_cross_entropy  # noqa: E402
-from export import hf  # noqa: E402
-from quant import weight_ternary  # noqa: E402
-
 
 @pytest.mark.parametrize('linear', ['bitlinear', 'fp'])
 @pytest.mark.parametrize('blocks', [2, L])
@@ -36,14 +34,12 @@ def test_arcee_of_transformers_computes_what_ours_does(linear, blocks):
         assert out[0].tolist() == greedy(ours, text(1), 60, blocks)
     assert 'trust_remote_code' not in Path(name, 'README.md').read_text()
 
-
 @pytest.fixture(scope='module')
 def ternary():
     """The folder of a ternary model, BitLinear in q, k and v, HBitLinear in o and down."""
     save_run('out/ternary')
     hf.main(['--out_dir=out/ternary'])
     return 'out/ternary/hf-latent'
-
 
 @pytest.mark.parametrize('where', [
     dict(target_modules=['q', 'v', 'up']),
@@ -73,7 +69,6 @@ def test_lora(ternary, where):
     difference = (merged(text()).logits - adapted).std() / adapted.std()
     assert difference > 0.05 if where['target_modules'] else difference < 1e-3
 
-
 def test_log_likelihoods_of_lm_eval(ternary):
     lm_eval = pytest.importorskip('lm_eval.models.huggingface', reason=f'lm_eval {EXTRA}')
     from lm_eval.api.instance import Instance
@@ -87,15 +82,3 @@ def test_log_likelihoods_of_lm_eval(ternary):
         ids = torch.tensor([list((prompt + rest).encode())])
         loss = F.cross_entropy(ours(ids[:, :-1])[0][0], ids[0, 1:], reduction='none')
         assert abs(likelihood + loss[-len(rest):].sum().item()) < 0.01 * abs(likelihood)
-
-
-@pytest.mark.skipif(not hasattr(F, 'linear_cross_entropy'), reason='this torch has none of its own')
-def test_linear_cross_entropy_is_that_of_torch():
-    h, w, targets = torch.randn(50, 16), torch.randn(31, 16), torch.randint(31, (50,))
-    results = []
-    for function in (linear_cross_entropy, F.linear_cross_entropy):
-        a, b = h.clone().requires_grad_(), w.clone().requires_grad_()
-        loss = function(a, b, targets)
-        loss.backward()
-        results.append((loss.detach(), a.grad, b.grad))
-    assert_close(*results)
