@@ -5,7 +5,6 @@ import sys
 import papers.tables
 from test_exercises import ANSWERS, FILES, ROOT, student
 
-
 def test_the_ladder_is_read_beside_the_prediction(capsys, monkeypatch):
     runs = {'as run, H + EE': [4.0, 3.0], 'inner LayerNorm in both cells, H + EE': [3.0, 2.5],
             'phi in the FFN only, H + EE': [3.0, 2.4]}
@@ -15,7 +14,6 @@ def test_the_ladder_is_read_beside_the_prediction(capsys, monkeypatch):
     told = capsys.readouterr().out
     assert '3 of 10 rungs' in told and 'PPL    20.09   last step x2.72' in told
     assert 'the last step most: you said "exits learn the next token", measured is "inner' in told
-
 
 def test_a_class_sees_one_line_for_what_is_not_solved_and_no_answer_for_what_is_wrong(tmp_path):
     """Two exercises: the first is not solved, in the second the labels are not shifted."""
@@ -34,7 +32,6 @@ def test_a_class_sees_one_line_for_what_is_not_solved_and_no_answer_for_what_is_
     assert '2 failed, 2 passed, 4 unsolved in ' in told
     assert '\nthis is the loss of the *current* token: which token do the logits' in told
     assert 'F.cross_entropy' not in told and 'tokens[:, 1:]' not in told
-
 
 def test_each_file_runs_by_itself_from_anywhere(tmp_path):
     code = ('import runpy\n'

@@ -8,14 +8,12 @@ import papers.tables
 from exercises import figures
 from papers.measures import LADDER
 
-
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch):
     monkeypatch.setattr(figures, 'prepare', lambda dataset: dataset)
     monkeypatch.setattr(figures, 'load_tokens', lambda folder, split: np.arange(
         400, dtype=np.uint16) % 256)
     monkeypatch.setattr(papers.tables, 'results', lambda table, cell: [])
-
 
 def test_the_command_writes_four_slides(tmp_path, capsys):
     figures.main([f'--to={tmp_path}', '--steps=1'])
@@ -26,14 +24,12 @@ def test_the_command_writes_four_slides(tmp_path, capsys):
         assert f'{name}.png: ' in told
     assert 'the ladder is not measured yet' in told
 
-
 @pytest.mark.parametrize('name', ['ternary', 'outlier', 'exits'])
 def test_a_sentence_fits_on_its_slide(name):
     figure = figures.FIGURES[name]()
     figure.savefig(io.BytesIO(), format='png')
     box = figure._suptitle.get_window_extent()
     assert box.x0 > 0 and box.x1 < figure.bbox.width and figure.get_suptitle().endswith('.')
-
 
 def test_the_cliff_is_what_was_measured_where_it_was(monkeypatch):
     rungs = list(LADDER)

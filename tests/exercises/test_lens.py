@@ -1,5 +1,5 @@
 """exercises/lens.py: what it sees is what the model says, and its page needs no network."""
-import html.parser
+import re
 import shutil
 import subprocess
 
@@ -14,27 +14,9 @@ from prepare import get_tokenizer
 
 BYTES, CHROMIUM = get_tokenizer('bytes'), shutil.which('chromium') or shutil.which('google-chrome')
 
-
 @pytest.fixture
 def model(make_model):
     return make_model(vocab_size=256, block_size=32, lambda_r=0.2)
-
-
-class Cells(html.parser.HTMLParser):
-    """How many cells of a table a page has, how many of them open, and what it would load."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.cells, self.tips, self.loads, self.scripts = 0, 0, [], 0
-        self.feed(text)
-
-    def handle_starttag(self, tag, attributes):
-        attributes = dict(attributes)
-        self.cells += tag == 'td'
-        self.tips += attributes.get('class') == 'tip'
-        self.scripts += tag == 'script'
-        self.loads += [value for key, value in attributes.items() if key in ('src', 'href')]
-
 
 def test_a_cell_holds_what_the_exit_says(model):
     text = 'def f(x):'
@@ -47,7 +29,6 @@ def test_a_cell_holds_what_the_exit_says(model):
         torch.testing.assert_close(torch.tensor(seen.p[layer]), p)
         assert seen.words[layer][2][0] in (repr(chr(ids[2, 0]))[1:-1], f'x{ids[2, 0]:02x}', '␣')
 
-
 @pytest.mark.parametrize('threshold', [0.0, 0.3, 0.6, 0.9, 1.0])
 def test_tokens_leave_where_decoding_lets_them_go(model, threshold):
     """For a first token, which has none before it."""
@@ -58,7 +39,6 @@ def test_tokens_leave_where_decoding_lets_them_go(model, threshold):
             layers = step_with_exits(model, token, cache, 2, rule, threshold)[2]
             assert seen.leaves[rule] == layers.tolist()
 
-
 @pytest.mark.parametrize('layers', [1, 3, 12, 24])
 def test_the_table_fits_into_a_terminal(make_model, layers):
     model = make_model(vocab_size=256, n_layer=layers)  # of untrained gates
@@ -67,17 +47,15 @@ def test_the_table_fits_into_a_terminal(make_model, layers):
     assert max(map(columns, lines)) <= 79 and len(lines) == 1 + 2 * len(seen.tokens)
     assert f' {layers - 1}' in lines[0] and 'gate' not in lines[0] and 'conf' in lines[0]
 
-
 def test_a_page_is_whole_and_loads_nothing(model, tmp_path, capsys):
     lens(model, BYTES, '<script>alert("$x$")&amp;', str(tmp_path))
     text = (tmp_path / 'lens.html').read_text(encoding='utf-8')
-    found = Cells(text)
-    assert found.cells == found.tips == 3 * 25 and not found.loads and not found.scripts
+    assert text.count('<td') == text.count('class="tip"') == 3 * 25
+    assert '>&lt;<' in text and '><<' not in text and '&amp;' in text
+    assert not re.search(r'<script|\b(src|href) *=|url\(', text)
     assert 'http' not in text.replace('http-equiv', '') and "default-src 'none'" in text
     assert (tmp_path / 'lens.png').read_bytes()[:4] == b'\x89PNG'
-    told = capsys.readouterr().out
-    assert 'lens.png' in told and 'lens.html' in told
-
+    assert re.search(r'lens\.png, .*lens\.html', capsys.readouterr().out)
 
 def test_long_texts_are_cut_and_no_text_is_one_sentence(model, make_model, tmp_path, capsys):
     lens(make_model(vocab_size=256, block_size=128), BYTES, 'x' * 100, str(tmp_path))
@@ -85,7 +63,6 @@ def test_long_texts_are_cut_and_no_text_is_one_sentence(model, make_model, tmp_p
     assert len(look(model, BYTES, 'x' * 100).tokens) == 32  # block_size
     with pytest.raises(UserError, match='no text to look at'):
         look(model, BYTES, '')
-
 
 @pytest.mark.skipif(not CHROMIUM, reason='chromium shows the page')
 def test_a_browser_opens_each_cell(model, tmp_path):
@@ -111,11 +88,9 @@ def test_a_browser_opens_each_cell(model, tmp_path):
             break
     assert '<title>60 of 60 open</title>' in done.stdout, done.stdout[:300] + done.stderr[-300:]
 
-
 def test_the_command_looks_into_a_run(model, tmp_path, capsys):
-    from dataclasses import asdict
     save_checkpoint(str(tmp_path / 'ckpt.pt'), {
-        'model': model.state_dict(), 'settings': asdict(model.config), 'progress': {},
+        'model': model.state_dict(), 'settings': vars(model.config), 'progress': {},
         'meta': {'tokenizer': 'bytes', 'splits': {'val': {}}}, 'model_class': 'model:BitSkip'})
     main([f'--out_dir={tmp_path}', '--text=ab', f'--to={tmp_path}/slides', '--threshold=0.9'])
     assert (tmp_path / 'slides' / 'lens.png').exists() and 'conf' in capsys.readouterr().out
