@@ -1,7 +1,6 @@
 """The side room of other people's programs: transformers, llama.cpp (README.md). What hf.py and
 gguf.py share: tokenizers, as their files spell them."""
 
-
 def spelling(tokenizer):
     """How GPT-2's files spell a token (a function of bytes), and all tokens, as bytes. A byte is
     spelled as itself if it is printable, else as the next character from 256 on."""
@@ -10,7 +9,6 @@ def spelling(tokenizer):
                   for b in range(256)]
     tokens = [tokenizer.decode_bytes([i]) for i in range(tokenizer.vocab_size)]
     return lambda token: ''.join(characters[b] for b in token), tokens
-
 
 def last_merge(token, ranks):
     """The two parts that BPE makes `token` (bytes) of, in the end."""

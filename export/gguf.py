@@ -56,7 +56,6 @@ FILE_TYPES = {'F16': 1, 'TQ1_0': 36, 'TQ2_0': 37}  # and of files
 ARCEE = {'norm': ['rmsnorm'], 'sub_norm': [False], 'ffn': ['relu2'], 'act_bits': [8],
          'linear': ['bitlinear', 'fp'], 'linear_norm': ['none'], 'exit_norm': ['final', 'none']}
 
-
 @dataclass
 class ExportSettings:
     """Writes a trained model for llama.cpp."""
@@ -65,14 +64,12 @@ class ExportSettings:
     type: Literal['TQ2_0', 'TQ1_0', 'F16'] = 'TQ2_0'  # projections: 2.06, 1.69 or 16 bits a weight
     exit_layer: int | None = None  # write blocks 0 to exit_layer only; none: all
 
-
 # ---- tensors as bytes: codes (out, k) int8 and their scale, or floats -> (out, bytes) uint8 ----
 
 def tq2_0(codes, scale):
     digits = (codes + 1).unflatten(-1, (-1, 2, 4, 32)).to(torch.uint8)  # (out, blocks, half, 4, 32)
     places = torch.tensor([1, 4, 16, 64], dtype=torch.uint8)[:, None]
     return with_scale((digits * places).sum(-2, dtype=torch.uint8).flatten(-2), scale)
-
 
 def tq1_0(codes, scale):
     digits = (codes + 1).unflatten(-1, (-1, BLOCK)).int()
@@ -82,22 +79,18 @@ def tq1_0(codes, scale):
     n = torch.cat(n, dim=-1)  # (out, blocks, 52)
     return with_scale(((n * 256 + 242) // 243).to(torch.uint8), scale)
 
-
 def with_scale(packed, scale):
     """Each block's bytes, then its scale: (out, blocks, n) uint8, () -> (out, blocks (n + 2))."""
     scale = scale.to(torch.float16).reshape(1).view(torch.uint8)
     return torch.cat([packed, scale.expand(*packed.shape[:-1], 2)], dim=-1).flatten(1)
-
 
 def q8_0(w):
     """Blocks of 32: max|w| / 127 as float16, then int8 codes. A2 once more, 8.5 bits a weight."""
     codes, scale = activation_quant(w.unflatten(-1, (-1, 32)))  # (V, blocks, 32), (V, blocks, 1)
     return torch.cat([scale.half().view(torch.uint8), codes.view(torch.uint8)], dim=-1).flatten(1)
 
-
 def f16(w, scale=1.0):
     return (w * scale).half().view(torch.uint8)
-
 
 def tensors(model, type, last):
     """Name, type, shape and bytes of each tensor of blocks 0 ... last and around them. The final
@@ -128,12 +121,10 @@ def tensors(model, type, last):
     yield norm('output_norm.weight', model.norm.weight)
     yield table('output.weight', model.head.weight)
 
-
 def neighbours(w, heads):
     """model.py rotates (x_i, x_{i + D/2}), llama.cpp (x_2i, x_2i+1). That is the same, if the rows
     of q and k change places: w (heads D, k), per head 0, D/2, 1, D/2 + 1, ..."""
     return w.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
-
 
 # ---- settings ----
 
@@ -149,7 +140,6 @@ def metadata(model, tokenizer, name, type, last):
             'general.file_type': FILE_TYPES[type], 'general.quantization_version': 2,
             **{f'arcee.{key}': value for key, value in arcee.items()}, **vocabulary(tokenizer)}
 
-
 def vocabulary(tokenizer):
     """Both tokenizers are byte-pair encodings; 'bytes' has learned no merges at all."""
     spell, tokens = spelling(tokenizer)
@@ -162,7 +152,6 @@ def vocabulary(tokenizer):
         'merges': merges, 'add_bos_token': False,
         'bos_token_id': tokenizer.eot, 'eos_token_id': tokenizer.eot}
     return {f'tokenizer.ggml.{key}': value for key, value in settings.items()}
-
 
 # ---- the file ----
 
@@ -180,11 +169,9 @@ def write_gguf(file, settings, tensors):
         file.write(bytes(-file.tell() % 32))
         file.write(data.contiguous().numpy().data)
 
-
 def string(text):
     data = text.encode()
     return struct.pack('<Q', len(data)) + data
-
 
 def typed(value):
     """A value behind the number of its type; a list behind the type and number of its items."""
@@ -196,7 +183,6 @@ def typed(value):
         return struct.pack('<I', 8) + string(value)
     number, code = {int: (4, 'I'), float: (6, 'f'), bool: (7, '?')}[type(value)]
     return struct.pack(f'<I{code}', number, value)
-
 
 # ---- the script ----
 
@@ -225,7 +211,6 @@ def require_arcee(model, exit_layer=None, type='F16'):
                         f'ffn_dim={c.ffn_dim} must be multiples of it; --type=F16 takes any')
     return last
 
-
 @torch.no_grad()
 def main(argv):
     s = configure(ExportSettings, argv)
@@ -240,7 +225,6 @@ def main(argv):
                    list(tensors(model, s.type, last)))
     print(f'{path}: {os.path.getsize(path) / 1e6:.2f} MB, {last + 1} of {model.config.n_layer} '
           f'blocks, {s.type}')
-
 
 if __name__ == '__main__':
     run(main)

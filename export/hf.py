@@ -42,7 +42,6 @@ from prepare import HUB, data_of, get_tokenizer
 ROOT, CODE = Path(__file__).resolve().parent.parent, 'modeling_bitskip'
 TESTED = '4.57.6, 5.20.2, 5.23.0 and 5.24.0'  # of transformers
 
-
 @dataclass
 class ExportSettings:
     """Exports a trained model for Hugging Face's transformers."""
@@ -59,7 +58,6 @@ class ExportSettings:
         if self.kind == 'bitskip' and self.exit_layer is not None:
             raise ValueError('a BitSkip folder has all exits (set_exit_layer); --exit_layer is for '
                              '--as=arcee')
-
 
 def main(argv):
     s = configure(ExportSettings, [re.sub('^--as(?==|$)', '--kind', arg) for arg in argv])
@@ -95,7 +93,6 @@ def main(argv):
     size = sum(file.stat().st_size for file in Path(hf_dir).iterdir())
     print(f'{hf_dir}: {size / 1e6:.2f} MB, {facts["split"]} PPL {facts["exits"][-1]["ppl"]:.4f}')
 
-
 def exportable(model, weights):
     """The model to write. UserError, in one sentence, if it is not one of model.py and quant.py."""
     c = model.config
@@ -107,7 +104,6 @@ def exportable(model, weights):
         return to_ternary(model) if weights == 'packed' else model
     except ValueError as error:
         raise UserError(f'it cannot be packed ({error}); leave out --weights=packed') from None
-
 
 @contextlib.contextmanager
 def atomic_folder(path):
@@ -125,7 +121,6 @@ def atomic_folder(path):
             raise OSError(int(number[1]), os.strerror(int(number[1])), path) from None
         raise
 
-
 # ---- model and code ----
 
 def write_bitskip(folder, model, weights):
@@ -137,7 +132,6 @@ def write_bitskip(folder, model, weights):
     BitSkipForCausalLM(config, model).save_pretrained(folder)
     for name, source in flat_sources(f'export.{CODE}').items():
         Path(folder, name).write_text(source, encoding='utf-8')
-
 
 def flat_sources(module):
     """A module of this repository, and all that it imports of it, as files of one folder:
@@ -166,12 +160,10 @@ def flat_sources(module):
     files[first] += ''.join(f'from .{name[:-3]} import __name__ as _  # noqa\n' for name in others)
     return files
 
-
 ARCEE = {  # our names of weights, and transformers'
     '^blocks': 'model.layers', 'attn_norm': 'input_layernorm', '^embedding': 'model.embed_tokens',
     'ffn_norm': 'post_attention_layernorm', '^norm': 'model.norm', '^head': 'lm_head',
     r'attn\.(.)': r'self_attn.\1_proj', r'ffn\.(up|down)': r'mlp.\1_proj'}
-
 
 def write_arcee(folder, model, last, eot):
     """Blocks 0 ... last as ArceeForCausalLM of transformers, whose BitNet layers make the latent
@@ -197,7 +189,6 @@ def write_arcee(folder, model, last, eot):
             'quantization_mode': 'online', 'modules_to_not_convert': ['lm_head']}
     Path(folder, 'config.json').write_text(json.dumps(config, indent=1))
 
-
 def hf_tokenizer(tokenizer, block_size):
     """A tokenizer of prepare.py for transformers: same ids, same text. One difference: half a
     surrogate pair, which is no text, is an error there, and replaced here."""
@@ -218,7 +209,6 @@ def hf_tokenizer(tokenizer, block_size):
         model_input_names=['input_ids', 'attention_mask'], clean_up_tokenization_spaces=False,
         split_special_tokens=True)  # text is taken literally: no text stands for the end of text
 
-
 # ---- model card ----
 
 def measure(model, settings, last):
@@ -232,7 +222,6 @@ def measure(model, settings, last):
               'bits_per_byte': bits_per_byte(loss, meta, split)}
              for layer, loss, speed in zip(layers, losses, speeds)]
     return {'exits': exits, 'split': {'val': 'validation'}.get(split, split), 'tokens': len(tokens)}
-
 
 def hub_data(name, kind, dataset, facts):
     """What a data set is called, and the YAML on top of a model card, which the hub reads."""
@@ -250,7 +239,6 @@ def hub_data(name, kind, dataset, facts):
         library_name='transformers', pipeline_tag='text-generation', license='mit', model_name=name,
         datasets=[hub] if hub else None, tags=['bitskip', 'ternary', 'early-exit', kind],
         eval_results=results).to_yaml()
-
 
 def model_card(name, s, model, settings, facts):
     """The README.md of an exported model: card.md, filled in."""
@@ -271,7 +259,6 @@ def model_card(name, s, model, settings, facts):
         'threads': torch.get_num_threads(), 'rows': '\n'.join(
             f'| {"All layers" if e["blocks"] == n else e["blocks"]} | {e["ppl"]:.4g} '
             f'| {e["bits_per_byte"]:.3f} | {e["tok_per_s"]:.0f} |' for e in facts['exits'][::-1])})
-
 
 if __name__ == '__main__':
     run(main)

@@ -28,7 +28,6 @@ from quant import BitLinear, unpack_ternary
 FIELDS = CausalLMOutputWithPast.__dataclass_fields__
 CACHE = 'cache' if 'cache' in FIELDS else 'past_key_values'  # its name since transformers 5.24
 
-
 class HFConfig(PretrainedConfig):
     """The settings of a BitSkipConfig, by the same names. BitSkip takes it for its own.
 
@@ -41,7 +40,6 @@ class HFConfig(PretrainedConfig):
         own = asdict(BitSkipConfig.of(settings))  # checked, defaults filled in
         super().__init__(num_hidden_layers=num_hidden_layers or own['n_layer'], weights=weights,
                          **settings | own | {'tie_word_embeddings': False})
-
 
 class BitSkipForCausalLM(PreTrainedModel, GenerationMixin):
     """A BitSkip with the calls that transformers, and those who build on it, expect.
@@ -191,11 +189,9 @@ class BitSkipForCausalLM(PreTrainedModel, GenerationMixin):
                 inside = inside & (score <= threshold)[..., None]
         return read
 
-
 class LinearBitLinear(BitLinear, nn.Linear):
     """A BitLinear that peft takes for an nn.Linear. LoRA adds to its output; merged, the sum W + BA
     is made ternary anew: another layer."""
-
 
 class Past(LayerCache):
     """A layer of transformers' cache, or of none: then the newest tokens are all there are."""
@@ -216,15 +212,12 @@ class Past(LayerCache):
         self.k, self.v = k, v
         return stop
 
-
 class TextIsFull(MaxLengthCriteria):
     """Stands beside the criterion of max_length; one of the same class would replace it."""
-
 
 def require_blocks(name, n_blocks, most):
     if type(n_blocks) is not int or not 1 <= n_blocks <= most:
         raise ValueError(f'{name} counts blocks, 1 to {most}, got {n_blocks}')
-
 
 def new_model(config):
     """The BitSkip that a file's weights go into: if they are packed, with five codes to a byte."""
@@ -238,10 +231,8 @@ def new_model(config):
                                             dtype=torch.uint8)
     return model
 
-
 def packed_linears(model):
     return [layer for layer in model.modules() if isinstance(layer, PackedLinear)]
-
 
 def visible(attention_mask, start, T):
     """attention_mask (B, S) -> who of the newest T tokens sees whom, (B, 1, T, S) bool, or None if

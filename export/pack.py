@@ -17,12 +17,10 @@ from eval_exits import evaluate, perplexity
 from fast.packed import packed_state, to_ternary
 from prepare import data_of
 
-
 @dataclass
 class PackSettings:
     """Packs a trained model."""
     out_dir: str = ''  # the run to pack; empty: the newest
-
 
 def main(argv):
     s = configure(PackSettings, argv)
@@ -41,7 +39,6 @@ def main(argv):
     for path in (trained, small):
         ppl = perplexity(evaluate(open_model(path)[0], tokens)[-1])
         print(f'{path}: {os.path.getsize(path) / 1e6:.2f} MB, validation PPL {ppl:.4f}')
-
 
 if __name__ == '__main__':
     run(main)

@@ -28,7 +28,6 @@ from exits import exit_loss_in_chunks, exit_weights
 from quant import BitLinear, HBitLinear
 from train import TrainSettings, main
 
-
 @dataclass
 class AsRunSettings(TrainSettings):
     """Model and run, as run."""
@@ -52,7 +51,6 @@ class AsRunSettings(TrainSettings):
     hadamard_layers: Literal['all'] = 'all'  # (no choice as run)
     gate_loss: Literal['cost'] = 'cost'  # (no choice as run)
 
-
 class Phi:
     """What their two layers share: y = phi(W^ Q_b(LN(x))). Block puts phi and inner_norm in."""
 
@@ -60,12 +58,9 @@ class Phi:
         y = super().forward(self.inner_norm(x))  # 3
         return F.relu(y).square() if self.phi else y  # 2
 
-
 class PhiBitLinear(Phi, BitLinear): ...
 
-
 class PhiHBitLinear(Phi, HBitLinear): ...
-
 
 class Block(model.Block):
     def __init__(self, config):
@@ -86,7 +81,6 @@ class Block(model.Block):
     def forward(self, h, rope, past=None):
         h = self.after_attn(h + self.dropout(self.attn(self.attn_norm(h), rope, past)))  # 1
         return self.after_ffn(h + self.dropout(self.ffn(self.ffn_norm(h))))
-
 
 class AsRun(model.BitSkip):
     """Paper A's model as run."""
@@ -147,7 +141,6 @@ class AsRun(model.BitSkip):
         reach = F.pad(torch.cumprod(1 - p, dim=-1)[..., :-1], (1, 0), value=1.0)
         E = (torch.arange(len(states), device=p.device) * p * reach).sum(dim=-1).mean()  # 8
         return (E - self.config.target_exit).square()
-
 
 if __name__ == '__main__':
     run(lambda argv: main(argv, AsRunSettings, AsRun))

@@ -27,7 +27,6 @@ from exits import deal, exit_weights
 from model import BitSkip
 from train import TrainSettings, main
 
-
 @dataclass
 class HeadsSettings(TrainSettings):
     """What exits have of their own, and what they learn."""
@@ -46,7 +45,6 @@ class HeadsSettings(TrainSettings):
                 raise ValueError('--frozen=True trains heads and adapters by --lambda_ee, or gates '
                                  'by --lambda_r, on a finished model: --init_from=out/...')
 
-
 class Adapter(nn.Module):
     """h + B A norm(h): (..., C) -> (..., C). B is 0 at first."""
 
@@ -56,7 +54,6 @@ class Adapter(nn.Module):
 
     def forward(self, h):
         return h + self.b(self.a(F.layer_norm(h, h.shape[-1:])))
-
 
 class OwnHeads(nn.ModuleList):
     """L heads as one. What it reads, (..., C + 1), ends in the number of the exit."""
@@ -71,7 +68,6 @@ class OwnHeads(nn.ModuleList):
         for l in exits.unique().int().tolist():  # several where tokens have left at several
             logits[exits == l] = self[l](x[exits == l]).to(x.dtype)
         return logits
-
 
 class Heads(BitSkip):
     """BitSkip whose exits have heads or adapters, and may learn from full depth."""
@@ -134,7 +130,6 @@ class Heads(BitSkip):
                 soft = self.head(teacher).float().softmax(dim=-1)
             loss = loss + F.cross_entropy(logits, soft, reduction='sum') * d
         return loss
-
 
 if __name__ == '__main__':
     run(lambda argv: main(argv, HeadsSettings, Heads))

@@ -22,7 +22,6 @@ from eval_exits import exit_cross_entropy, weight_statistics, windows
 from quant import bit_linears, dequantize, latent_weights, weight_ternary
 from train import get_lr
 
-
 LADDER = {  # settings of papers/as_run.py, from as run to BitSkip; a rung keeps those above it
     'as run': {}, 'inner LayerNorm in both cells': {'inner_norm': 'all'},
     'phi in the FFN only': {'phi': 'ffn'}, 'usual initial weights': {'initial': 'usual'},
@@ -30,7 +29,6 @@ LADDER = {  # settings of papers/as_run.py, from as run to BitSkip; a rung keeps
     'RoPE alone': {'positions': 'rope'}, 'exits learn the next token': {'exit_labels': 'next'},
     'exits learn under the final norm': {'exit_norm': 'final'},
     'exit weights of A4': {'ee_weighting': 'early'}, 'no routing loss': {'lambda_r': 0.0}}
-
 
 def report(model, tokens, batch_size=16):
     """Nats of Tables 2, 3 and 5 on `tokens` (uint16): {name: (means over tokens, means of batch
@@ -42,7 +40,6 @@ def report(model, tokens, batch_size=16):
     with ternarized_twice(model):
         found['ternarized twice'] = losses()
     return found | {'weights': weight_statistics(model)}
-
 
 @torch.no_grad()
 def exit_losses(model, tokens, current=False, batch_size=16):
@@ -61,7 +58,6 @@ def exit_losses(model, tokens, current=False, batch_size=16):
             means[layer] += loss / len(targets) / len(batches)
     return (sums / (len(tokens) - 1)).tolist(), means.tolist()
 
-
 @contextlib.contextmanager
 def ternarized_twice(model):
     """Inside this block A1 has been applied to W^: the same signs, with the scale alpha (1 - s),
@@ -75,7 +71,6 @@ def ternarized_twice(model):
         for layer in layers:
             del layer.ternary  # back to the class's
 
-
 # --------------------------------------------------------------------------------------------------
 # the dead FFN
 
@@ -88,7 +83,6 @@ class HalfProducts(TorchFunctionMode):
         args = [a.half().float() if torch.is_tensor(a) else a for a in args]  # gradients, too
         return function(*args, **kwargs or {}).half().float()
 
-
 def gradient_rms(model, idx, targets, half=False, scale=2.0 ** 16):
     """Root mean square of the loss gradient of each matrix: {'q': [by layer], ...}. half: products
     in float16 and a loss scale, so that it underflows where it does in fp16 training."""
@@ -99,7 +93,6 @@ def gradient_rms(model, idx, targets, half=False, scale=2.0 ** 16):
     (losses['total'] * scale).backward()
     return by_name(model, lambda w: (w.grad.double() / scale).square().mean().sqrt().item())
 
-
 def decay_ratio(model, s, steps):
     """alpha after so many steps of the settings `s`, over what weight decay alone leaves of the
     alpha that training began with: {'q': [by layer], ...}. 1 is a matrix that learned nothing."""
@@ -109,7 +102,6 @@ def decay_ratio(model, s, steps):
     left = math.prod(1 - s.weight_decay * get_lr(step, s) for step in range(steps))
     now, then = (by_name(m, lambda w: w.abs().mean().item()) for m in (model, first))
     return {name: [a / (left * b) for a, b in zip(now[name], then[name])] for name in now}
-
 
 def by_name(model, f):
     rows = zip(*([f(layer.weight) for layer in block.linears()] for block in model.blocks))

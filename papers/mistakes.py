@@ -24,7 +24,6 @@ from configurator import UserError, run
 from hadamard import fwht, next_pow2, pad_to_pow2
 from quant import BitLinear, activation_quant_ste, dequantize, latent_weights, straight_through
 
-
 class AttentionToAll(model.Attention):
     causal = False
 
@@ -34,13 +33,11 @@ class AttentionToAll(model.Attention):
                             'looks at are not there yet')
         return super().forward(x, rope)
 
-
 class NonCausal(model.BitSkip):
     """Every token sees all others, the one that it has to predict among them."""
 
     class Block(model.Block):
         Attention = AttentionToAll
-
 
 class UnshiftedExits(model.BitSkip):
     """Exits learn to say the token that they have just read."""
@@ -48,13 +45,11 @@ class UnshiftedExits(model.BitSkip):
     def exit_targets(self, idx, targets):
         return idx
 
-
 class Unshifted(model.BitSkip):
     """Exits and full depth do."""
 
     def losses(self, idx, targets, states):
         return super().losses(idx, idx, states)
-
 
 class SmallInit(model.BitSkip):
     """Projections start at a tenth."""
@@ -67,14 +62,12 @@ class SmallInit(model.BitSkip):
         for layer in self.linears():
             layer.weight.mul_(self.init_scale)
 
-
 class TrainLatent(model.BitSkip):
     """The forward pass of training computes with W; evaluation and sampling with W^."""
 
     def forward(self, *args, **options):
         with latent_weights(self) if self.training else contextlib.nullcontext():
             return super().forward(*args, **options)
-
 
 class HadamardAfter(BitLinear):
     """y = H' W^ H' Q_b(Pad(norm(x))), H' = sqrt(n) H: the outliers meet the quantizer as ever, and
@@ -90,16 +83,13 @@ class HadamardAfter(BitLinear):
         y = F.linear(fwht(x_hat) * self.in_features ** 0.5, self.weight if self.latent else w_hat)
         return (fwht(y) * self.out_features ** 0.5)[..., :self.width]
 
-
 MISTAKES = {m.__name__: m for m in (NonCausal, Unshifted, UnshiftedExits, SmallInit, TrainLatent)}
-
 
 def main(argv):
     from train import TrainSettings, main  # here: train.py itself may ask this file for a layer
     if not argv or argv[0] not in MISTAKES:
         raise UserError(f'name one of {", ".join(MISTAKES)} first, and configs and flags after it')
     main(argv[1:], TrainSettings, MISTAKES[argv[0]])
-
 
 if __name__ == '__main__':
     run(main)

@@ -4,9 +4,9 @@ Why the routing loss (A9) costs what it costs: keep its gradient from the blocks
     python -m papers.routing Detached config/bitskip_h.py config/cpu.py --lambda_r=0.2
     python -m papers.routing Clipped config/bitskip_h.py config/cpu.py --lambda_r=0.2
 
-A9 trains the gates, and through them the blocks: a block can make its gate's work easier by changing
-what all later blocks read. `Detached` trains the gates alone. In `Clipped` the blocks learn from A9,
-too, but what comes back to a state is no longer than CLIP, whatever the gates ask for.
+A9 trains the gates, and through them the blocks: a block can make its gate's work easier by
+changing what all later blocks read. `Detached` trains the gates alone. In `Clipped` the blocks
+learn from A9, too, but what comes back to a state is no longer than CLIP.
 """
 import torch
 

@@ -158,9 +158,9 @@ def yardsticks_table():
     return ['yardstick', 'bits per byte'], [[name, f'{value:.3f}'] for name, value in found.items()
                                             if type(value) is float]
 
-MAKE = {'dead': dead_table, 'yardsticks': yardsticks_table, 'ladder': ladder_table, 'as_run': as_run_table,
-        'as_run_exits': as_run_exits_table, 'alpha': alpha_table}
-NAMES = ('dead', 'yardsticks', 'ladder', 'as_run', 'as_run_exits', 'alpha', *[t for t in TABLES if t != 'ladder'])
+MAKE = {'dead': dead_table, 'yardsticks': yardsticks_table, 'ladder': ladder_table,
+        'as_run': as_run_table, 'as_run_exits': as_run_exits_table, 'alpha': alpha_table}
+NAMES = (*MAKE, *[table for table in TABLES if table != 'ladder'])
 
 def make(name):
     return MAKE[name]() if name in MAKE else cells_table(name)

@@ -31,16 +31,13 @@ RUN = dict(n_layer=3, n_head=2, n_kv_head=1, n_embd=32, ffn_dim=64, block_size=3
            lambda_q=0.05, lambda_r=0.2, p_max=0.7, target_exit=1, device='cpu', dtype='float32',
            dataset='text.txt', tokenizer='bytes', out_dir='out/run')
 
-
 def flags(**changes):
     return [f'--{key}={value}' for key, value in (RUN | changes).items()]
-
 
 def all_exits(model, idx, cache=None):
     """Logits at every exit, (L, B, T, V)."""
     states = enumerate(model.hidden_states(idx, cache=cache))
     return torch.stack([model.head(model.exit_state(h, layer)) for layer, h in states])
-
 
 @contextmanager
 def text_folder(folder, length):
@@ -49,7 +46,6 @@ def text_folder(folder, length):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         yield patch
-
 
 @pytest.fixture(autouse=True, scope='session')
 def gpt2_without_a_network(tmp_path_factory):
@@ -64,17 +60,14 @@ def gpt2_without_a_network(tmp_path_factory):
                         cache / hashlib.sha1(url.encode()).hexdigest())
         os.environ['TIKTOKEN_CACHE_DIR'] = str(cache)
 
-
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
-
 
 def initial(Model=BitSkip, **settings):
     """A tiny model in eval mode, as it is before training."""
     torch.manual_seed(0)
     return Model(Model.Config(**TINY | settings)).eval()
-
 
 def painted(model):
     """The model with weights larger than at initialisation and norms not all ones, so that leaving
@@ -87,12 +80,10 @@ def painted(model):
                 parameter.uniform_(0.5, 1.5)
     return model
 
-
 @pytest.fixture
 def make_model():
     """make_model(**settings): a tiny model that is painted, in eval mode."""
     return lambda Model=BitSkip, **settings: painted(initial(Model, **settings))
-
 
 @pytest.fixture
 def tokens():
@@ -102,7 +93,6 @@ def tokens():
         return torch.randint(TINY['vocab_size'], (B, T), generator=generator)
     return make
 
-
 @pytest.fixture
 def use_product(monkeypatch):
     """use_product('integer') or any other word: compute ternary products by IntegerLinear or by
@@ -110,7 +100,6 @@ def use_product(monkeypatch):
     def use(how):
         monkeypatch.setattr(quant, 'int8_support', lambda device_type: (how == 'integer', how))
     return use
-
 
 @pytest.fixture
 def core_alone(tmp_path):

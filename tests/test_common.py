@@ -19,7 +19,6 @@ from configurator import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 
-
 @pytest.fixture
 def checkpoint():
     weight = torch.randn(4, 6)
@@ -29,11 +28,9 @@ def checkpoint():
             'optimizer': {'state': {0: {'step': torch.tensor(5.0), 'exp_avg': weight * 2}},
                           'param_groups': [{'betas': (0.9, 0.95), 'params': [0]}]}}
 
-
 @pytest.fixture
 def path(tmp_path):
     return str(tmp_path / 'run' / 'ckpt.pt')
-
 
 # ---- files ----
 
@@ -53,7 +50,6 @@ def test_atomic_write_leaves_the_old_or_the_new(path, error, before):
     assert os.listdir(os.path.dirname(path)) == (['ckpt.pt'] if after else [])
     assert not after or Path(path).read_text(encoding='utf-8') == after
 
-
 def test_two_writers_of_one_path(path):
     """Both wrote to path.tmp: the first to end took away the other's file, half written."""
     with atomic_write(path, 'w') as a:
@@ -62,7 +58,6 @@ def test_two_writers_of_one_path(path):
             a.write('a')
         assert Path(path).read_text() == 'b'
     assert Path(path).read_text() == 'a' and os.listdir(Path(path).parent) == ['ckpt.pt']
-
 
 def test_a_full_disk_is_told_with_the_path(path, checkpoint):
     """torch.save hides it behind a RuntimeError of its own."""
@@ -75,7 +70,6 @@ def test_a_full_disk_is_told_with_the_path(path, checkpoint):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert os.listdir(os.path.dirname(path)) == []
-
 
 def test_one_living_process_at_a_time(tmp_path):
     """Two processes took over the claim of a dead one at once, and trained into one folder."""
@@ -92,7 +86,6 @@ def test_one_living_process_at_a_time(tmp_path):
         with exclusive(path, wait=False) as mine:
             assert mine
     assert os.listdir(tmp_path / 'out') == []
-
 
 def test_text_is_utf8_or_refused(tmp_path):
     """Prompts: invalid bytes went to the model as something else. `<(...)` is no regular file."""
@@ -111,7 +104,6 @@ def test_text_is_utf8_or_refused(tmp_path):
         assert done.stdout == out and 'Traceback' not in done.stderr
         assert done.returncode == (0 if out else 2) and done.stderr.count('\n') == (not out)
 
-
 # ---- checkpoints ----
 
 def test_load_returns_what_save_wrote(checkpoint, path):
@@ -124,7 +116,6 @@ def test_load_returns_what_save_wrote(checkpoint, path):
     os.truncate(path, 10)  # what is loaded does not live in the file
     assert torch.equal(loaded['model']['head.weight'], checkpoint['model']['head.weight'])
 
-
 @pytest.mark.parametrize('share', [0, 0.01, 0.3, 0.9, 0.9999])
 def test_truncated_file(checkpoint, path, share):
     with pytest.raises(UserError, match='there is no checkpoint .*ckpt.pt'):
@@ -134,7 +125,6 @@ def test_truncated_file(checkpoint, path, share):
     with pytest.raises(UserError, match='is damaged'):
         load_checkpoint(path)
 
-
 def test_file_with_a_flipped_bit(checkpoint, path):
     """In the middle of a weight, where nothing but a checksum can notice it."""
     save_checkpoint(path, checkpoint)
@@ -143,7 +133,6 @@ def test_file_with_a_flipped_bit(checkpoint, path):
     Path(path).write_bytes(content)
     with pytest.raises(UserError, match='checksums or sizes are wrong'):
         load_checkpoint(path)
-
 
 def test_moments_that_overlap_are_given_their_own_storage(checkpoint, path):
     """A last.pt held zeros(1).expand(shape): AdamW updated one number 24 times. Others held the
@@ -160,7 +149,6 @@ def test_moments_that_overlap_are_given_their_own_storage(checkpoint, path):
         assert found[name].untyped_storage().nbytes() == tensor.numel() * 4
     assert len({tensor.data_ptr() for tensor in found.values()}) == len(found)
 
-
 @pytest.mark.parametrize('change', [
     torch.Tensor.to_sparse, lambda t: t.to('meta'), lambda t: t.to(torch.complex64),
     lambda t: t[:1, :1].expand(1000, 1000)], ids=['sparse', 'meta', 'complex', 'huge'])
@@ -171,7 +159,6 @@ def test_tensors_of_kinds_that_no_run_has(checkpoint, path, part, change):
     save_checkpoint(path, checkpoint)
     with pytest.raises(UserError, match='its tensors are sparse'):
         load_checkpoint(path)
-
 
 @pytest.mark.parametrize('part, value', [
     *((part, None) for part in ('model', 'settings', 'meta', 'progress')),
@@ -189,11 +176,9 @@ def test_checkpoint_with_broken_parts(checkpoint, path, part, value):
         load_checkpoint(path)
     assert '\n' not in str(error.value)
 
-
 class Bomb:
     def __reduce__(self):
         return os.mkdir, ('mark',)
-
 
 def test_file_that_would_run_code_is_refused_unrun(checkpoint, path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -203,7 +188,6 @@ def test_file_that_would_run_code_is_refused_unrun(checkpoint, path, tmp_path, m
     assert not os.path.exists('mark')
     pickle.loads(pickle.dumps(Bomb()))  # the bomb is a real one
     assert os.path.exists('mark')
-
 
 def test_find_run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
@@ -223,7 +207,6 @@ def test_find_run(tmp_path, monkeypatch, capsys):
     with pytest.raises(UserError, match='--json=out/ckpt.pt should end in .json'):
         require_suffix('--json', 'out/ckpt.pt', '.json')  # it replaced the model
 
-
 # ---- the machine ----
 
 def test_devices():
@@ -231,7 +214,6 @@ def test_devices():
     for name in ('tpu', 'meta', 'cuda:99', ''):
         with pytest.raises(UserError, match=f"device '{name}' is not here"):
             common.pick_device(name)
-
 
 def test_interrupts(capfd):
     """Once, the step under way is finished and saved; twice, at once."""
@@ -245,7 +227,6 @@ def test_interrupts(capfd):
             os.kill(os.getpid(), signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is before
 
-
 PROCESSES = """
 import os, sys, torch
 from common import Processes, say
@@ -253,7 +234,6 @@ p = Processes(torch.device('cpu'))
 say(p.world, p.sum(torch.tensor(1.0 + p.rank)).item(), p.any(p.rank == 1), p.any(False))
 p.close()
 """
-
 
 def test_processes(tmp_path):
     (tmp_path / 'script.py').write_text(PROCESSES)

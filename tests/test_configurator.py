@@ -15,7 +15,6 @@ from train import TrainSettings
 
 ROOT = Path(__file__).resolve().parent.parent
 
-
 @dataclass
 class Settings:
     """One of each type."""
@@ -30,7 +29,6 @@ class Settings:
     def __post_init__(self):
         check(self, {'n_embd': (1, 64)})
 
-
 @pytest.fixture
 def config(tmp_path):
     """config('a = 1', ...): the path of a config file with these lines."""
@@ -39,12 +37,10 @@ def config(tmp_path):
         return str(tmp_path / name)
     return write
 
-
 def error_of(*argv, base=None):
     with pytest.raises(UserError) as error:
         configure(Settings, argv, base)
     return str(error.value)
-
 
 @pytest.mark.parametrize('argv, name, value', [
     (['--n_embd=16'], 'n_embd', 16), (['--n_embd', '16'], 'n_embd', 16),
@@ -58,7 +54,6 @@ def test_flags(argv, name, value):
     result = getattr(configure(Settings, argv), name)
     assert result == value and type(result) is type(value)
 
-
 def test_files_run_in_order_and_see_the_settings_so_far(config):
     first = config('n_embd = 16', 'name = "first"')
     second = config('import math', '_width = n_embd', 'ffn_dim = 4 * n_embd',
@@ -69,14 +64,12 @@ def test_files_run_in_order_and_see_the_settings_so_far(config):
     assert configure(Settings, [second], {'n_embd': 4, 'top_k': 3}) == Settings(
         n_embd=4, ffn_dim=16, rate=0.5, name=' and second', top_k=3)
 
-
 def test_flags_come_on_top_of_files_wherever_they_stand(config):
     """The docstring's promise: `train.py --seed=3 config/cpu.py` is seed 3, whatever it says."""
     path = config('n_embd = 16', 'rate = 1')
     for argv in ([path, '--n_embd=4'], ['--n_embd', '4', path], ['--n_embd=4', path]):
         assert configure(Settings, argv) == Settings(n_embd=4, rate=1.0)
     assert configure(Settings, ['--compile', path]) == Settings(n_embd=16, rate=1.0, compile=True)
-
 
 def test_the_value_of_a_flag_is_no_config(config):
     """`--dataset code.py` was run as a config, and named the folder of the run."""
@@ -85,11 +78,9 @@ def test_the_value_of_a_flag_is_no_config(config):
         assert configs_of(Settings, argv) == [path]
         assert configure(Settings, argv) == Settings(n_embd=16, name='code.py')
 
-
 def test_a_byte_order_mark_is_no_syntax_error(config):
     """Windows' Notepad writes one."""
     assert configure(Settings, [config('n_embd = 16  # é', encoding='utf-8-sig')]).n_embd == 16
-
 
 @pytest.mark.parametrize('argv, expected', [
     (['--n_emb=4'], '--n_emb: there is no such setting; did you mean n_embd'),
@@ -106,7 +97,6 @@ def test_a_byte_order_mark_is_no_syntax_error(config):
 def test_wrong_flags(argv, expected):
     assert expected in error_of(*argv)
 
-
 @pytest.mark.parametrize('line, expected', [
     ('n_emb = 4', 'n_emb: there is no such setting'), ('n_embd = "4"', "expected int, got '4'"),
     ('n_embd = True', 'expected int, got True'), ('rate = True', 'expected float, got True'),
@@ -115,7 +105,6 @@ def test_wrong_flags(argv, expected):
 def test_wrong_config_files(config, line, expected):
     path = config('rate = 0.1', line)
     assert path in error_of(path) and expected in error_of(path)
-
 
 @pytest.mark.parametrize('key, value', [
     ('n_embd', 8.0), ('n_embd', True), ('rate', float('nan')), ('name', 'a\0b'), ('name', None),
@@ -126,7 +115,6 @@ def test_the_settings_of_a_checkpoint_are_checked_like_all_others(key, value):
     if key != 'n_layers':
         with pytest.raises(UserError, match=f'^{key}: expected'):
             Settings(**{key: value})
-
 
 @pytest.mark.parametrize('cls', [Settings, TrainSettings])
 def test_help_lists_every_field_with_default_and_comment(cls, capsys):
@@ -141,7 +129,6 @@ def test_help_lists_every_field_with_default_and_comment(cls, capsys):
         assert comment and eval(flag_and_default.split('=', 1)[1]) == field.default
     assert "'float32', 'bfloat16']" in entries['--dtype']  # the choices
 
-
 @pytest.mark.parametrize('name', ['model', 'model:', 'model:Nothing', 'model:BitSkipConfig',
                                   'antigravity:x', '/tmp/model:BitSkip', '..model:BitSkip'])
 def test_classes_by_name(name):
@@ -150,7 +137,6 @@ def test_classes_by_name(name):
     with pytest.raises(ValueError, match=f"'{name}' is no module:Class of this folder: "):
         find_class(name, BitSkip)
     assert 'antigravity' not in sys.modules
-
 
 # ---- a script's end ----
 
@@ -179,7 +165,6 @@ def main(argv):
 run(main)
 """
 
-
 @pytest.mark.parametrize('case, shell, code, out, err', [
     ('', '', 0, 'text\n', ''), ('name', '', 0, 'True\ntext\n', ''), ('interrupt', '', 130, '', ''),
     ('file', '', 2, '', "error: [Errno 2] No such file or directory: '/no/such/folder/file'\n"),
@@ -197,7 +182,6 @@ def test_run_ends_in_one_sentence_and_no_traceback(tmp_path, case, shell, code, 
     assert (done.returncode, done.stdout, done.stderr) == (code, out, err)
     assert (tmp_path / 'done').exists() == (code == 0)
 
-
 def test_run_where_stdout_is_replaced(monkeypatch):
     """A notebook's cannot be reconfigured. (And bugs are not hidden.)"""
     for replaced in (io.StringIO(), None):
@@ -205,7 +189,6 @@ def test_run_where_stdout_is_replaced(monkeypatch):
         run(lambda argv: print('text'))
         with pytest.raises(ZeroDivisionError):
             run(lambda argv: 1 / 0)
-
 
 def test_python_310_can_read_all_files():
     for path in [*ROOT.glob('*.py'), *ROOT.glob('[a-z]*/**/*.py')]:

@@ -11,7 +11,6 @@ from decode import EXIT_MODES, Decoder, KVCache, sample, stream
 MODES = [('gate', 0.45), ('confidence', 0.2), ('saturation', 0.72)]
 GREEDY = dict(temperature=0)
 
-
 class Recorder(Decoder):
     """Remembers the logits of all its steps."""
 
@@ -20,19 +19,16 @@ class Recorder(Decoder):
         self.seen = [*getattr(self, 'seen', []), logits]
         return logits, layers
 
-
 def run(model, idx, n, **options):
     """Tokens (B, n), layers (B, n) and logits (B, n, V) of a stream."""
     decoder = Recorder(model, len(idx))
     new, layers = zip(*stream(model, idx, n, decoder=decoder, **options))
     return torch.cat(new, dim=1), torch.stack(layers, dim=1), torch.stack(decoder.seen, dim=1)
 
-
 def assert_near(a, b, linear='fp'):
     """Equal up to rounding; a rounding error may take an activation to the neighbouring code."""
     assert a.shape == b.shape
     assert (a - b).norm() <= (1e-5 if linear == 'fp' else 0.01) * b.norm()
-
 
 # ---- the cache
 
@@ -48,7 +44,6 @@ def test_cached_generation_equals_uncached(make_model, tokens, linear, exit_laye
     assert_near(logits, expected, linear)
     assert torch.equal(new, expected.argmax(dim=-1))
 
-
 @pytest.mark.parametrize('linear', KINDS)
 @pytest.mark.parametrize('chunks', [[1] * 12, [5, 7], [3, 1, 6, 2]], ids=str)
 def test_a_prompt_in_chunks_equals_one_pass(make_model, tokens, linear, chunks):
@@ -61,7 +56,6 @@ def test_a_prompt_in_chunks_equals_one_pass(make_model, tokens, linear, chunks):
     assert_near(torch.cat(stepped, dim=1), expected, linear)
     assert cache.length == decoder.length == 12
 
-
 @pytest.mark.parametrize('exit_mode', [None, *EXIT_MODES])
 def test_generation_in_bfloat16(make_model, tokens, exit_mode):
     """Under autocast, and of a model in bfloat16, whose cache was in float32: attention refused."""
@@ -73,7 +67,6 @@ def test_generation_in_bfloat16(make_model, tokens, exit_mode):
         assert logits.isfinite().all()
         assert (logits[:, 0] - expected).norm() < 0.03 * expected.norm()
 
-
 def test_a_cache_set_back_forgets(make_model, tokens):
     """What was taken back leaves no trace: the next tokens are written over it."""
     model, idx = make_model(linear='fp'), tokens(2, 10)
@@ -82,7 +75,6 @@ def test_a_cache_set_back_forgets(make_model, tokens):
     model(tokens(2, 4, seed=9), cache=cache)
     cache.length = 6
     assert_near(model(idx[:, 6:], cache=cache)[0], model(idx)[0][:, 6:])
-
 
 def test_a_cache_with_holes_is_refused(make_model, tokens):
     """A pass that ended at an exit left nothing above. Zeros would be attended to, in silence."""
@@ -104,7 +96,6 @@ def test_a_cache_with_holes_is_refused(make_model, tokens):
         with pytest.raises(ValueError, match='the cache of layer 1 holds 0 tokens, not the 4'):
             decoder.step(tokens(1, 1), exit_mode=mode, exit_threshold=1.0)
 
-
 def test_a_cache_is_for_its_batch_and_block_size(make_model, tokens):
     model = make_model()
     cache = KVCache(model, 2)
@@ -113,7 +104,6 @@ def test_a_cache_is_for_its_batch_and_block_size(make_model, tokens):
         model(tokens(2, 1), cache=cache)
     with pytest.raises(ValueError, match='1 samples do not fit a cache for 2'):  # to both rows
         model(tokens(1, 4), cache=KVCache(model, 2))
-
 
 # ---- tokens that leave early
 
@@ -138,7 +128,6 @@ def all_at_once(model, idx, mode, threshold, last):
     early = (layers < model.config.n_layer - 1)[..., None]
     return model.head(torch.where(early & raw, h, model.norm(h))), layers
 
-
 @pytest.mark.parametrize('linear', KINDS)
 @pytest.mark.parametrize('mode, threshold', MODES)
 @pytest.mark.parametrize('last, exit_norm', [(3, 'final'), (3, 'none'), (2, 'none'), (3, 'raw')])
@@ -157,7 +146,6 @@ def test_a6_exits_token_by_token_are_those_of_the_definition(make_model, tokens,
         assert torch.equal(left_at, layers[:, t])
         assert_near(logits, expected[:, t], linear)
 
-
 @pytest.mark.parametrize('mode', EXIT_MODES)
 def test_a6_thresholds_at_the_ends(make_model, tokens, mode, monkeypatch):
     """1 is full depth, also for a score of exactly 1: rounding took the cosine of a state with
@@ -172,7 +160,6 @@ def test_a6_thresholds_at_the_ends(make_model, tokens, mode, monkeypatch):
     never = run(model, idx, 15, exit_mode=mode, exit_threshold=1.0, **GREEDY)
     assert torch.equal(full, never[0]) and (never[1] == 2).all()
 
-
 def test_a6_samples_of_a_batch_do_not_touch_each_other(make_model, tokens):
     model, idx = make_model(linear='fp', n_layer=4), tokens(4, 3)
     options = dict(exit_mode='gate', exit_threshold=0.45, **GREEDY)
@@ -181,7 +168,6 @@ def test_a6_samples_of_a_batch_do_not_touch_each_other(make_model, tokens):
         alone = run(model, idx[row:row + 1], 10, **options)
         assert torch.equal(alone[0][0], new[row]) and torch.equal(alone[1][0], layers[row])
         assert_near(alone[2][0], logits[row])
-
 
 # ---- sampling
 
@@ -199,7 +185,6 @@ def test_sample_follows_the_softmax_over_exactly_the_top_k(temperature, top_k):
     assert ((frequency - p).abs() <= 5 * (p * (1 - p) / n).sqrt()).all()
     assert sample(logits[None], 0, top_k).tolist() == [[2]]
 
-
 def test_a_stream_hands_on_top_k_temperature_and_seed(make_model, tokens):
     model, idx = make_model(), tokens(20, 4)
     new, _, logits = run(model, idx, 10, top_k=3, temperature=5.0)
@@ -207,7 +192,6 @@ def test_a_stream_hands_on_top_k_temperature_and_seed(make_model, tokens):
     assert (new[..., None] == top3).any(dim=-1).all() and (new != top3[..., 0]).any()
     runs = [model.generate(idx, 8, generator=torch.Generator().manual_seed(s)) for s in (1, 1, 2)]
     assert torch.equal(runs[0], runs[1]) and not torch.equal(runs[0], runs[2])
-
 
 # ---- the stream
 
@@ -223,7 +207,6 @@ def test_a_full_cache_starts_again_from_the_newer_half(make_model, tokens):
     assert begin == 18  # after 9
     assert make_model(block_size=1).generate(tokens(2, 3), 4).shape == (2, 7)
 
-
 @pytest.mark.parametrize('options, message', [
     (dict(temperature=-0.5), 'temperature'), (dict(temperature=1e-5), 'at least 0.001'),
     (dict(top_k=0), 'top_k'), (dict(exit_layer=3), 'exit_layer=3'),
@@ -235,7 +218,6 @@ def test_stream_refuses_at_once(make_model, tokens, options, message):
     with pytest.raises(ValueError, match=message):
         stream(model, **dict(idx=tokens(), max_new_tokens=3) | options)
 
-
 def test_impossible_steps_leave_the_decoder_as_it_was(make_model, tokens):
     decoder = Decoder(make_model())
     for n, wrong in ((3, dict(n_logits=5)), (3, dict(n_logits=-1)), (1, dict(exit_mode='often')),
@@ -245,7 +227,6 @@ def test_impossible_steps_leave_the_decoder_as_it_was(make_model, tokens):
     assert decoder.length == 0 and decoder.step(tokens(1, 16))[0].shape == (1, 31)
     with pytest.raises(ValueError, match='17 tokens do not fit'):
         decoder.step(tokens(1, 1), exit_mode='gate')
-
 
 @pytest.mark.parametrize('training', [True, False])
 def test_stream_restores_training_mode_and_leaves_gradients_on(make_model, tokens, training):

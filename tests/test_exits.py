@@ -13,7 +13,6 @@ from exits import (Gate, LinearCrossEntropy, deal, divergence_loss, exit_loss, e
                    exit_weights, expected_exit_layer, linear_cross_entropy, routing_loss,
                    sample_exits, skip_probabilities)
 
-
 # ---- A4, B6
 
 @pytest.mark.parametrize('L, weighting, ratios', [
@@ -24,10 +23,8 @@ def test_a4_b6_exit_weights(L, weighting, ratios):
     expected = torch.tensor([r / sum(ratios) for r in ratios])
     assert_close(exit_weights(L, weighting), expected)
 
-
 def loss_and_gradients(loss, inputs):
     return [loss, *torch.autograd.grad(3 * loss, inputs)]  # 3: the gradient from above is used
-
 
 @pytest.mark.parametrize('autocast', [False, True])
 @pytest.mark.parametrize('chunk', [1, 4, 100])
@@ -49,7 +46,6 @@ def test_a4_exit_loss_and_its_twin_are_the_sum_over_exits(chunk, autocast, monke
             assert a.dtype == torch.float32
             assert (a - b).norm() <= (0.03 if autocast else 1e-5) * b.norm()
 
-
 @pytest.mark.parametrize('frozen', ['', 'h', 'w'])
 def test_a4_cross_entropy_is_the_mean_over_tokens(frozen, monkeypatch):
     """A gradient that nobody asked for is not computed."""
@@ -60,12 +56,10 @@ def test_a4_cross_entropy_is_the_mean_over_tokens(frozen, monkeypatch):
                     loss_and_gradients(F.cross_entropy(h @ w.T, targets), learned)):
         assert_close(a, b)
 
-
 def test_a4_cross_entropy_survives_large_logits():
     h, w = torch.eye(3) * 1000, torch.eye(3)
     assert linear_cross_entropy(h, w, torch.arange(3)) == 0
     assert linear_cross_entropy(h, w, torch.tensor([1, 2, 0])) == 1000
-
 
 def test_a4_deal_gives_each_token_to_one_exit_without_bias(monkeypatch):
     """Over all 120 ways to deal five tokens to two exits, the mean of each exit is the mean of all.
@@ -79,7 +73,6 @@ def test_a4_deal_gives_each_token_to_one_exit_without_bias(monkeypatch):
         monkeypatch.setattr(torch, 'randperm', lambda n, order=order: torch.tensor(order))
         means.append([values[share].mean() for share in deal(5, 2, 'cpu')])
     assert_close(torch.tensor(means).mean(dim=0), values.mean().expand(2))
-
 
 # ---- A5, B2
 
@@ -96,7 +89,6 @@ def test_a5_skip_probabilities_by_hand():
     with pytest.raises(ValueError, match='a block of these 3 would always be skipped'):
         skip_probabilities(3, 0.5, normalize=True)
 
-
 # ---- A6, A9
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=str)
@@ -110,7 +102,6 @@ def test_a6_gate_is_the_formula(dtype):
                  atol=1e-6 if dtype == torch.float32 else 0.02)
     assert [tuple(p.shape) for p in gate.parameters()] == [(4, 16), (1, 4)]  # no biases
 
-
 def test_a6_samples_are_bernoulli_and_straight_through():
     p = torch.rand(5, requires_grad=True)
     z = sample_exits(p.expand(10_000, 5))
@@ -119,7 +110,6 @@ def test_a6_samples_are_bernoulli_and_straight_through():
     g = torch.randn(5)
     assert torch.equal(torch.autograd.grad(sample_exits(p), p, g)[0], g)  # dz/dp = 1
     assert sample_exits(torch.tensor([0.0, 1.0])).tolist() == [0, 1]
-
 
 @pytest.mark.parametrize('L', [2, 3, 6])
 def test_a9_expected_exit_layer_is_the_mean_over_all_outcomes(L):
@@ -135,13 +125,11 @@ def test_a9_expected_exit_layer_is_the_mean_over_all_outcomes(L):
     assert_close(E, expected)
     assert_close(torch.autograd.grad(E, p), torch.autograd.grad(expected, p))
 
-
 def test_a9_the_target_is_a_mean_over_tokens():
     """(E - l*)^2 of the mean: half of the tokens at 0 and half at 2 cost nothing for l* = 1. The
     mean of squares would ask every token to leave at l*."""
     p = torch.tensor([[[1.0, 0.0], [0.0, 0.0]]])
     assert routing_loss(p, 1) == 0 and routing_loss(p, 3) == 4
-
 
 def test_divergence_loss_is_least_where_the_gate_knows_the_divergence(monkeypatch):
     """mean(D - KL log D), D = -log p, is least for D = KL(p_full || p_exit) = -log p, token by

@@ -11,7 +11,6 @@ import model as model_file
 from decode import EXIT_MODES, Decoder, KVCache
 from model import BitSkip, BitSkipConfig
 
-
 # ---- causality
 
 def assert_causal(look, idx, positions):
@@ -27,12 +26,10 @@ def assert_causal(look, idx, positions):
                 assert not differs[..., :t].any()
                 assert differs[..., t].all()
 
-
 def exits_and_gates(model, idx):
     """Logits (L, B, T, V) and chances to leave (B, T, L-1)."""
     gates = [model.gate_probabilities(list(model.hidden_states(idx))[:-1])] if model.gates else []
     return [all_exits(model, idx), *gates]
-
 
 @pytest.mark.parametrize('product', ['integer', 'definition'])
 @pytest.mark.parametrize('settings', [
@@ -48,7 +45,6 @@ def test_causality_of_every_option(make_model, tokens, use_product, settings, pr
     model = make_model(**settings)
     T = model.config.block_size
     assert_causal(lambda idx: exits_and_gates(model, idx), tokens(2, T), (1, T // 2, T - 1))
-
 
 @pytest.mark.parametrize('linear', KINDS)
 @pytest.mark.parametrize('autocast', [False, True])
@@ -66,7 +62,6 @@ def test_causality_with_a_cache(make_model, tokens, settings, linear, autocast):
     with torch.autocast('cpu', torch.bfloat16) if autocast else contextlib.nullcontext():
         assert_causal(second_chunk, idx[:, 5:], (1, 3, 6))
         assert_causal(lambda idx: exits_and_gates(model, idx), idx, (1, 6, 11))
-
 
 @pytest.mark.parametrize('mode, threshold', [('gate', 0.5), ('confidence', 0.3),
                                              ('saturation', 0.7)])
@@ -86,7 +81,6 @@ def test_causality_after_tokens_that_left(make_model, tokens, mode, threshold):
     assert len(left()[1]) > 1
     assert_causal(chunk_after, idx[:, 8:], (1, 3, 5))
 
-
 @pytest.mark.parametrize('exit_mode', [None, *EXIT_MODES])
 def test_causality_of_generation(make_model, tokens, exit_mode):
     """What is written first does not depend on how much will be, past the cache's end, either."""
@@ -94,7 +88,6 @@ def test_causality_of_generation(make_model, tokens, exit_mode):
     short, long = (model.generate(idx, n, exit_mode=exit_mode, exit_threshold=0.4,
                                   generator=torch.Generator().manual_seed(1)) for n in (7, 25))
     assert torch.equal(short, long[:, :12])
-
 
 # ---- entropy
 
@@ -105,7 +98,6 @@ RECIPES = {
     'mixed': dict(linear='bitlinear', lambda_ee=1.0, ee_weighting='late', ffn='swiglu', p_max=0.3,
                   norm='rmsnorm', act_bits=4, exit_norm='raw', linear_norm='rmsnorm', dropout=0.1)}
 V = 16
-
 
 def losses_on(stream, recipe):
     """Train on fresh text at every step. Cross-entropies of full depth and of the exits at each of
@@ -122,14 +114,11 @@ def losses_on(stream, recipe):
         optimizer.step()
     return torch.stack(seen[-50:])
 
-
 def noise(B, T):
     return torch.randint(V, (B, T))
 
-
 def counting(B, T):
     return (torch.randint(V, (B, 1)) + torch.arange(T)) % V
-
 
 def below_entropy(losses):
     """Whether means over steps are under ln V by more than five standard errors, (2,). Nobody
@@ -138,12 +127,10 @@ def below_entropy(losses):
     assert (5 * error < 0.3).all()
     return losses.mean(dim=0) < math.log(V) - 5 * error
 
-
 @pytest.mark.parametrize('recipe', RECIPES.values(), ids=RECIPES)
 def test_entropy(recipe):
     """THE ENTROPY GATE: training on fresh i.i.d. tokens never gets below ln V, at any exit."""
     assert not below_entropy(losses_on(noise, recipe)).any()
-
 
 def test_entropy_notices_what_can_be_predicted_and_a_model_that_sees_the_future(monkeypatch):
     """In as many steps counting is learned, at every exit. And attention to all tokens copies the

@@ -14,7 +14,6 @@ ROOMS = {'fast', 'export', 'papers', 'exercises', 'tests'}
 BELOW = {'fast': set(), 'export': {'fast'}, 'papers': {'fast'}}  # which rooms a room may use
 TREES = {name: ast.parse((ROOT / f'{name}.py').read_text()) for name in CORE}
 
-
 def imports(tree, function=''):
     """(module, the function that imports it or '') for each import of a file."""
     for child in ast.iter_child_nodes(tree):
@@ -24,12 +23,10 @@ def imports(tree, function=''):
             yield (child.module or '').split('.')[0], function
         yield from imports(child, child.name if isinstance(child, ast.FunctionDef) else function)
 
-
 def test_the_core_is_as_small_as_the_readme_says():
     counts = {name: len((ROOT / f'{name}.py').read_text().splitlines()) for name in CORE}
     assert sum(counts.values()) <= 2650, (sum(counts.values()), counts)
     assert max(counts.values()) <= 340 and counts['minimal'] <= 200, counts
-
 
 @pytest.mark.parametrize('name', CORE)
 def test_functions_are_short_and_modules_teach(name):
@@ -38,10 +35,8 @@ def test_functions_are_short_and_modules_teach(name):
         if isinstance(node, ast.FunctionDef):
             assert node.end_lineno - node.lineno < 60, node.name
 
-
 def test_the_model_has_at_most_27_settings():
     assert len(fields(BitSkipConfig)) <= 27
-
 
 def test_the_core_imports_no_side_room_but_in_one_place():
     """decode.side_room, which says None where the folder is gone."""
@@ -51,7 +46,6 @@ def test_the_core_imports_no_side_room_but_in_one_place():
             if isinstance(node, ast.FunctionDef) and 'import_module' in ast.unparse(node)]
     assert asks == [('decode', 'side_room')]
 
-
 @pytest.mark.parametrize('room', BELOW)
 def test_side_rooms_import_downward_only(room):
     files = list((ROOT / room).glob('*.py'))
@@ -60,7 +54,6 @@ def test_side_rooms_import_downward_only(room):
         assert found & ROOMS <= {room} | BELOW[room], path.name
     assert files
 
-
 def test_no_import_runs_in_a_circle():
     """There is an order in which each core file imports only files before it."""
     needs = {name: {module for module, _ in imports(TREES[name])} & set(CORE) for name in CORE}
@@ -68,7 +61,6 @@ def test_no_import_runs_in_a_circle():
     while ready := {name for name in CORE if needs[name] <= read} - read:
         read |= ready
     assert read == set(CORE), {name: needs[name] - read for name in set(CORE) - read}
-
 
 ALONE = """
 import sys
@@ -79,7 +71,6 @@ sample.main(['--prompt=def ', '--max_new_tokens=5', '--exit_layer=1'])
 eval_exits.main(['--json=eval.json'])
 sample.main(['--draft_layer=1'])
 """
-
 
 def test_the_core_alone_prepares_trains_samples_and_evaluates(core_alone):
     """Copied with config/ into an empty folder. fast/ is not there: it says so, and goes on, but

@@ -22,7 +22,6 @@ from model import BitSkip, BitSkipConfig
 SIZES = dict(L=4, C=32, FFN=48, HEADS=4, KV_HEADS=2, T=8, V=31, GATE=8, TARGET=1)
 LOSSES = ['total', 'ce', 'ee', 'quant', 'route']
 
-
 @pytest.fixture
 def float64(monkeypatch):
     """Both models in float64, where 1e-15 more or less tips no rounding: in float32 one tipped code
@@ -34,11 +33,9 @@ def float64(monkeypatch):
     yield
     torch.set_default_dtype(torch.float32)
 
-
 def set_sizes(monkeypatch, **changes):
     for name, value in (SIZES | changes).items():
         monkeypatch.setattr(minimal, name, value)
-
 
 def make_pair(monkeypatch, hadamard=True, exits=True, skipping=True):
     """minimal's model, and model.py's of the same settings and weights. Weights are larger than at
@@ -65,11 +62,9 @@ def make_pair(monkeypatch, hadamard=True, exits=True, skipping=True):
     model.load_state_dict(oracle.state_dict())
     return oracle, model
 
-
 def make_tokens(B=6):
     """idx and targets, (B, T) each."""
     return torch.randint(minimal.V, (B, minimal.T + 1)).unfold(1, minimal.T, 1).unbind(1)
-
 
 @pytest.mark.parametrize('hadamard', [True, False])
 def test_logits_at_every_exit(monkeypatch, float64, hadamard):
@@ -78,7 +73,6 @@ def test_logits_at_every_exit(monkeypatch, float64, hadamard):
     logits = torch.stack([oracle.logits(h) for h in oracle.eval()(idx)])  # (L, B T, V)
     assert_close(all_exits(model.eval(), idx).flatten(1, 2), logits, rtol=1e-9, atol=1e-9)
     assert all((a - b).abs().max() > 0.1 for a, b in itertools.pairwise(logits))
-
 
 @pytest.mark.parametrize('training', [True, False])
 @pytest.mark.parametrize('hadamard, exits, skipping',
@@ -102,7 +96,6 @@ def test_losses_and_gradients(monkeypatch, float64, hadamard, exits, skipping, t
         assert w.grad.abs().max() > 0, name
         assert_close(theirs[name].grad, w.grad, rtol=1e-6, atol=1e-9, msg=name)
 
-
 @pytest.mark.parametrize('part', ['skipping', 'a gate'])
 def test_random_parts_are_drawn(monkeypatch, part):
     """In training another seed gives other losses, so the comparison above has met the dice."""
@@ -111,7 +104,6 @@ def test_random_parts_are_drawn(monkeypatch, part):
     first, second = (minimal.losses(oracle, *batch) for _ in range(2))
     assert (first['ce'] != second['ce']) == (part == 'skipping')
     assert first['route'] != second['route']
-
 
 def test_both_start_alike(monkeypatch):
     """The spread of every matrix at initialisation: 0.02, and less for o and down."""
@@ -124,7 +116,6 @@ def test_both_start_alike(monkeypatch):
         if w.numel() > 1000:
             assert w.std().item() == pytest.approx(theirs[name].std().item(), rel=0.1), name
 
-
 def test_no_token_sees_the_future(monkeypatch):
     """Changing token t leaves every logit before t unchanged, bit for bit, at every exit."""
     set_sizes(monkeypatch)
@@ -136,11 +127,9 @@ def test_no_token_sees_the_future(monkeypatch):
     assert torch.equal(before[:, :, :5], after[:, :, :5])
     assert (before[:, :, 5:] != after[:, :, 5:]).any(-1).all()
 
-
 def run_minimal(*arguments):
     return subprocess.run([sys.executable, 'minimal.py', *arguments], cwd=ROOT, text=True,
                           capture_output=True, env=os.environ | {'OMP_NUM_THREADS': '1'})
-
 
 def test_three_steps_end_to_end():
     """It trains, reads off every exit, each better than a uniform guess, and writes at two."""
@@ -151,13 +140,11 @@ def test_three_steps_end_to_end():
     assert all(1 < float(ppl) < minimal.V for _, ppl in exits)
     assert re.findall(r'^exit (\d) writes: Return ', done.stdout, re.M) == ['1', f'{minimal.L - 1}']
 
-
 @pytest.mark.parametrize('wrong', ['0', '1.5', '3 4'])
 def test_a_wrong_argument_is_one_sentence(wrong):
     done = run_minimal(*wrong.split())
     assert (done.returncode, done.stdout, done.stderr.count('\n')) == (2, '', 1)
     assert wrong in done.stderr
-
 
 def test_200_lines_of_plain_pytorch():
     source = (ROOT / 'minimal.py').read_text()

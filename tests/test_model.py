@@ -21,7 +21,6 @@ from quant import BitLinear
 PAPER_B = dict(n_layer=24, n_embd=2048, n_head=32, n_kv_head=8, ffn_dim=4096, ffn='swiglu',
                norm='rmsnorm', sub_norm=False, gate_dim=0)
 
-
 # ---- sizes and settings
 
 @pytest.mark.parametrize('settings, quantizable, total', [
@@ -39,10 +38,8 @@ def test_parameter_counts_of_the_papers(settings, quantizable, total, kind):
     if not settings:  # Paper A's "0.2M: LayerNorm, routing, biases"
         assert round((everything - quantizable - 2 * 50257 * 512) / 1e6, 1) == 0.2
 
-
 CHOICES = [name for name, hint in get_type_hints(BitSkipConfig).items()
            if get_origin(hint) is Literal]
-
 
 @pytest.mark.parametrize('wrong', [
     dict(vocab_size=0), dict(block_size=0), dict(n_layer=0), dict(n_head=0), dict(n_kv_head=0),
@@ -57,14 +54,12 @@ def test_config_refuses_in_one_sentence(wrong):
         BitSkipConfig(**wrong)
     assert '\n' not in str(error.value)
 
-
 def test_init_scales_down_what_writes_to_the_residual_stream():
     model = BitSkip(BitSkipConfig(vocab_size=500, n_layer=8, n_embd=128, ffn_dim=256, gate_dim=0))
     for name, p in model.named_parameters():
         small = name.endswith(('attn.o.weight', 'ffn.down.weight'))
         expected = pytest.approx(0.02 / 4 if small else 0.02, rel=0.1)  # 4 = sqrt(2 L)
         assert (p == 1).all() if p.dim() == 1 else p.std().item() == expected
-
 
 # ---- the whole model from first principles
 
@@ -74,7 +69,6 @@ def turn(x, theta):
     z = torch.complex(x[..., :half], x[..., half:])
     z = z * torch.exp(1j * torch.arange(T)[:, None] * theta ** (-torch.arange(half) / half))
     return torch.cat((z.real, z.imag), dim=-1)
-
 
 def states_of(c, p, idx):
     """h_0 ... h_{L-1}, attention one head at a time; p: the parameters by name."""
@@ -110,7 +104,6 @@ def states_of(c, p, idx):
         states.append(h)
     return states
 
-
 def reference_losses(model, idx, targets):
     """A4, B6, A6 to A9."""
     c, L, p = model.config, model.config.n_layer, dict(model.named_parameters())
@@ -133,7 +126,6 @@ def reference_losses(model, idx, targets):
     route = ((E + (L - 1) * stay).mean() - c.target_exit) ** 2
     total = ce(L - 1) + c.lambda_ee * ee + c.lambda_q * quant + c.lambda_r * route
     return dict(total=total, ce=ce(L - 1), ee=ee, quant=torch.as_tensor(quant), route=route)
-
 
 @pytest.mark.parametrize('settings', [
     dict(linear='bitlinear', ffn='swiglu', norm='rmsnorm', sub_norm=False, ee_weighting='late'),
@@ -160,7 +152,6 @@ def test_a7_losses_and_gradients(make_model, tokens, use_product, settings, prod
                 for x in (loss, reference[name]))
             assert (a - b).norm() <= 0.005 * b.norm(), name
 
-
 # ---- the forward contract and the losses
 
 def test_forward_contract(make_model, tokens):
@@ -172,14 +163,12 @@ def test_forward_contract(make_model, tokens):
     assert all(x.shape == () and x.dtype == torch.float32 and x.isfinite() for x in losses.values())
     assert_close(losses['ce'], F.cross_entropy(logits.flatten(0, 1), text[:, 1:].flatten()))
 
-
 def test_a8_counts_in_a_model_of_one_layer(make_model, tokens):
     """One layer has no early exits, but its weights are quantized all the same."""
     model = make_model(n_layer=1, lambda_q=0.7, lambda_ee=0.3, lambda_r=0.2, target_exit=0)
     losses = model(tokens(), tokens(seed=1))[1]
     assert losses['quant'] > 0 and losses['ee'] == losses['route'] == 0
     assert_close(losses['total'], losses['ce'] + 0.7 * losses['quant'])
-
 
 def test_a4_sampled_exits_are_unbiased_in_loss_and_gradient(make_model, tokens, monkeypatch):
     """Over all 24 ways to deal four tokens to two exits, loss and gradient are those of A4 on all
@@ -200,7 +189,6 @@ def test_a4_sampled_exits_are_unbiased_in_loss_and_gradient(make_model, tokens, 
     assert_close(torch.stack(draws).mean(dim=0), expected, rtol=1e-4, atol=1e-5)
     assert all((draw[0] - expected[0]).abs() > 1e-3 for draw in draws)
 
-
 def test_a9_training_uses_sampled_exits(make_model, tokens, monkeypatch):
     """In training z ~ Bernoulli(p) takes the place of p (A6): a token leaves at its first open
     gate, or at L-1. Blocks learn from it, too."""
@@ -214,7 +202,6 @@ def test_a9_training_uses_sampled_exits(make_model, tokens, monkeypatch):
     assert_close(route, (left_at.mean() - 1) ** 2)
     route.backward()
     assert all(p.grad.any() for p in (*model.gates.parameters(), *model.blocks[0].parameters()))
-
 
 @pytest.mark.parametrize('exit_norm', ['final', 'none', 'raw'])
 def test_gates_foresee_the_divergence_of_their_exits(make_model, tokens, exit_norm, monkeypatch):
@@ -230,7 +217,6 @@ def test_gates_foresee_the_divergence_of_their_exits(make_model, tokens, exit_no
     route.backward()
     learned = {name.split('.')[0] for name, p in model.named_parameters() if p.grad is not None}
     assert learned == {'gates'}
-
 
 # ---- exits
 
@@ -250,7 +236,6 @@ def test_a4_exit_at_k_is_the_model_cut_after_block_k(make_model, tokens, kind, e
         cut.norm = nn.Identity()
     assert torch.equal(logits, cut(idx)[0])
 
-
 def test_exits_and_texts_outside_the_model(make_model, tokens):
     model = make_model()
     for layer in (-1, 3):
@@ -259,7 +244,6 @@ def test_exits_and_texts_outside_the_model(make_model, tokens):
     assert model(tokens(1, 16))[0].shape == (1, 16, 31)
     with pytest.raises(ValueError, match='17 tokens do not fit into block_size=16'):
         model(tokens(1, 17))
-
 
 # ---- skipping and dropout
 
@@ -279,7 +263,6 @@ def test_a5_each_sample_skips_alone_unchanged_and_for_free(make_model, tokens):
         before = h
     assert torch.equal(model.eval()(idx)[0], make_model(linear='fp', n_layer=4)(idx)[0])
 
-
 def test_a5_a_block_that_all_samples_skip_is_not_there(make_model, tokens):
     """It gets no gradient, rather than one of zeros, and costs nothing."""
     model = make_model(lambda_ee=0.3).train()
@@ -292,7 +275,6 @@ def test_a5_a_block_that_all_samples_skip_is_not_there(make_model, tokens):
     model.config.n_layer, model.skip_probabilities = 2, [0.0, 0.0]
     assert torch.equal(logits, model(tokens())[0])
 
-
 def test_a5_a_cache_in_training_mode_gets_no_holes(make_model, tokens):
     """A sample that skipped a block would leave no keys there."""
     model, idx = make_model(linear='fp').train(), tokens(4, 8)
@@ -302,7 +284,6 @@ def test_a5_a_cache_in_training_mode_gets_no_holes(make_model, tokens):
         chunks = [model(idx[:, part], cache=cache)[0] for part in (slice(5), slice(5, 8))]
     assert_close(torch.cat(chunks, dim=1), expected)
 
-
 def test_dropout_reaches_attention_branches_and_embedding_in_training_only(make_model, tokens):
     idx, x = tokens(), torch.randn(2, 8, 32)
     model, plain = (make_model(dropout=p, linear='fp') for p in (0.3, 0.0))
@@ -310,7 +291,6 @@ def test_dropout_reaches_attention_branches_and_embedding_in_training_only(make_
     rope, block = model.rope(0, 8), model.train().blocks[0]
     for look in (lambda: block.attn(x, rope), lambda: block.dropout(x), lambda: model.embed(idx)):
         assert not torch.equal(look(), look())
-
 
 # ---- checkpoints, those of the old layout among them
 
@@ -321,7 +301,6 @@ OLD = dict(ee_share=(1.0, 0.5), ee_leave=(0.0, 0.3), gate_detach=(False, True),
            ee_adapter=(0, 4), ee_distill=(0.0, 0.5), unshifted=('none', 'exits'),
            init_scale=(1.0, 0.1), causal=(True, False), train_latent=(False, True))
 META = dict(dataset='text.txt', tokenizer='bytes', vocab_size=31, splits={'val': {}})
-
 
 @pytest.fixture
 def reopen(make_model, tmp_path):
@@ -337,7 +316,6 @@ def reopen(make_model, tmp_path):
         return open_model(path)
     return reopen
 
-
 @pytest.mark.parametrize('final_norm, exit_norm, today', [
     (True, 'final', 'final'), (True, 'none', 'none'), (False, 'final', 'raw'),
     (False, 'none', 'raw')])
@@ -349,7 +327,6 @@ def test_an_old_checkpoint_at_the_defaults_loads(make_model, tokens, reopen, fin
     assert settings['meta'] == META and settings['exit_norm'] == written.config.exit_norm
     assert torch.equal(all_exits(model, tokens()), all_exits(written, tokens()))
 
-
 @pytest.mark.parametrize('change', [
     *({name: other} for name, (_, other) in OLD.items()), dict(gate_loss='agreement'),
     dict(gate_loss='overlap'), dict(linear='hadamard_after')], ids=str)
@@ -359,7 +336,6 @@ def test_an_old_checkpoint_that_needs_what_is_gone_is_refused(reopen, change):
         reopen(**change)
     assert '\n' not in str(error.value)
 
-
 @pytest.mark.parametrize('change', [
     dict(n_embd=64), dict(n_layer=2), dict(linear='hbitlinear'), dict(exit_norm='raw'),
     dict(model_class='model:Block'), dict(model_class='os:system')], ids=str)
@@ -367,7 +343,6 @@ def test_a_checkpoint_whose_parts_do_not_fit_is_refused(reopen, change):
     with pytest.raises(UserError, match='ckpt.pt cannot be opened as a model') as error:
         reopen(**change)
     assert '\n' not in str(error.value) and len(str(error.value)) < 400
-
 
 def test_a_checkpoint_of_a_diverged_model_is_refused(make_model, reopen):
     model = make_model(linear='fp')

@@ -14,14 +14,12 @@ import prepare
 from configurator import UserError
 from prepare import data_of, get_tokenizer, load_meta, load_tokens
 
-
 @contextlib.contextmanager
 def user_error(match):
     """A UserError of one line in which `match` occurs."""
     with pytest.raises(UserError, match=match) as caught:
         yield
     assert '\n' not in str(caught.value)
-
 
 def text_of(folder, split):
     """A prepared split as text, once meta.json has been checked against it."""
@@ -33,14 +31,12 @@ def text_of(folder, split):
     assert len(text.encode()) == count['bytes']
     return text
 
-
 def write(folder, files):
     for name, content in files.items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
     return str(folder)
-
 
 def parquet(folder, splits, shards=1):
     """Files as the hub serves them."""
@@ -52,23 +48,19 @@ def parquet(folder, splits, shards=1):
             pyarrow.parquet.write_table(pyarrow.table({'text': part}), folder / name)
     return str(folder)
 
-
 @pytest.fixture(autouse=True)
 def keep_out_of_the_users_cache(tmp_path, monkeypatch):
     monkeypatch.setattr('datasets.config.HF_DATASETS_CACHE', str(tmp_path / 'cache'))
 
-
 @pytest.fixture
 def data(tmp_path):
     return str(tmp_path / 'data')
-
 
 @pytest.fixture
 def poem(tmp_path):
     """The path of a text file of 100 lines."""
     text = ''.join(f'line {i:02} é\n' for i in range(100))
     return os.path.join(write(tmp_path, {'poem.txt': text}), 'poem.txt')
-
 
 # ---- pydocs ----
 
@@ -92,10 +84,8 @@ def again():
     """Outer docstring."""
 '''
 
-
 def pydocs_of(folder, files):
     return list(prepare.read_pydocs([('pkg.', write(folder, files))]))
-
 
 def test_pydocs_documents(tmp_path):
     """Name and docstrings in source order; what occurs again is left out, and so are tests and what
@@ -112,7 +102,6 @@ def test_pydocs_documents(tmp_path):
         'Outer.Inner.method\nMethod docstring.\n\nlate\nLate docstring.\n\nlate\n'
         'Fallback docstring.\n', 'pkg.testable\n\nThe docstring of testable.\n']
 
-
 def test_pydocs_splits_do_not_leak(tmp_path):
     """Modules of all splits have docstrings in common: each docstring is in one split, once. The
     topics of the language reference quote one another: all are in one split."""
@@ -128,7 +117,6 @@ def test_pydocs_splits_do_not_leak(tmp_path):
     documents = list(prepare.read_pydocs([('', str(tmp_path / 'lib'))]))
     assert documents == [('train', f'{name}\n\n{text}', True) for name, text in topics.items()]
 
-
 # ---- sets of the hub, and their local copies ----
 
 WIKI = {'train': ['', ' = Title = \n', '', ' Some <unk> text , in two @-@ part words . \n'],
@@ -136,7 +124,6 @@ WIKI = {'train': ['', ' = Title = \n', '', ' Some <unk> text , in two @-@ part w
         'test': [' = Third = \n', ' End . \n']}
 STORIES = {'train': ['Once upon a time.\n\nThe end.', ' ', 'A café.', 'Three.'],
            'validation': ['Lily smiled.', 'Bye.']}
-
 
 @pytest.mark.parametrize('below', ['', 'wikitext-2-raw-v1', 'data'])
 def test_wikitext2_from_a_local_copy(tmp_path, data, below):
@@ -152,7 +139,6 @@ def test_wikitext2_from_a_local_copy(tmp_path, data, below):
     source.rename(tmp_path / 'gone')
     assert prepare.prepare('wikitext2', data_dir=data) == folder
 
-
 def test_tinystories_from_a_local_copy(tmp_path, data):
     """Each story is a document. What is no table, beside the tables, is not read."""
     source = parquet(tmp_path / 'parquet', STORIES)
@@ -163,7 +149,6 @@ def test_tinystories_from_a_local_copy(tmp_path, data):
     folder = prepare.prepare('tinystories', 'bytes', source, data)
     assert text_of(folder, 'val') == 'Lily smiled.Bye.'
     assert load_meta(folder)['splits']['val']['documents'] == 2
-
 
 @pytest.mark.parametrize('published, expected', [
     (('train', 'validation', 'test'), [20, 20, 20]), (('train', 'validation'), [20, 20]),
@@ -179,7 +164,6 @@ def test_any_set_of_the_hub(tmp_path, data, monkeypatch, published, expected):
     monkeypatch.setattr(datasets, 'load_dataset', load_dataset)
     meta = load_meta(prepare.prepare('user/some.set', 'bytes', data_dir=data))
     assert [count['documents'] for count in meta['splits'].values()] == expected
-
 
 def test_what_cannot_be_read(tmp_path, data, monkeypatch, poem):
     def unreachable(*args):
@@ -206,7 +190,6 @@ def test_what_cannot_be_read(tmp_path, data, monkeypatch, poem):
         prepare.prepare(poem, 'gpt4', data_dir=data)
     assert not os.listdir(data)
 
-
 # ---- one's own text ----
 
 def test_a_text_file_is_cut_at_lines(poem, data):
@@ -215,7 +198,6 @@ def test_a_text_file_is_cut_at_lines(poem, data):
     parts = [text_of(folder, split) for split in ('train', 'val', 'test')]
     assert ''.join(parts) == Path(poem).read_text(encoding='utf-8')
     assert [part.count('\n') for part in parts] == [80, 10, 10]
-
 
 def test_a_folder_of_files(tmp_path, data, capsys):
     """Linked folders were left out without a word, .jsonl was trained on as JSON, .parquet was not
@@ -234,7 +216,6 @@ def test_a_folder_of_files(tmp_path, data, capsys):
     expected = [f'text {i:03}' for i in range(5)] * 10 + [row.strip() for row in rows] * 2
     assert sorted(filter(None, sum(parts, []))) == sorted(expected)
     assert min(map(len, parts)) > 2
-
 
 # ---- prepared once, and whole ----
 
@@ -263,7 +244,6 @@ def test_prepared_anew_only_if_need_be(poem, data, monkeypatch, capsys, damage):
     assert text_of(folder, 'train') == whole
     assert sorted(os.listdir(data)) == ['poem-bytes'] + ['poem-bytes.1'] * (damage == 'meta')
 
-
 def test_a_run_goes_on_with_its_own_tokens(poem, data, capsys):
     """The source decided whether a run could go on: deleted, resuming was refused although the
     data was whole; edited, an evaluation replaced the only tokens that the run can go on with."""
@@ -290,7 +270,6 @@ def test_a_run_goes_on_with_its_own_tokens(poem, data, capsys):
     assert load_tokens(data_of(settings)[0] and folder, 'val').tolist() != own
     assert 'is not the text that this model was trained on' in capsys.readouterr().out
 
-
 @pytest.mark.parametrize('error', [KeyboardInterrupt, OSError])
 def test_failed_run_leaves_what_was_there(poem, data, monkeypatch, error):
     def documents():
@@ -304,7 +283,6 @@ def test_failed_run_leaves_what_was_there(poem, data, monkeypatch, error):
         prepare.prepare(poem, 'bytes', data_dir=data)
     assert os.listdir(data) == ['poem-bytes'] and text_of(folder, 'val').startswith('line 80')
 
-
 # ---- tokenizers ----
 
 @pytest.mark.parametrize('text', ['', 'Hello world', 'naïve café 你好 👩‍👩‍👧 🎉', 'a\r\n\tb\x01c',
@@ -317,7 +295,6 @@ def test_round_trip(name, text):
     assert tok.decode(ids) == text and tok.decode_bytes(np.array(ids, int)) == text.encode()
     assert tok.decode(tok.encode('a\ud800b'))[::2] == 'ab'  # half a surrogate pair is no error
 
-
 def test_a_million_blanks():
     """tiktoken panics at so many, with an exception that is no Exception. (Fewer: as before.)"""
     tok = get_tokenizer('gpt2')
@@ -327,5 +304,4 @@ def test_a_million_blanks():
     text = (' ' * 4000 + 'word\n') * 20
     assert tok.encode(text) == tok.bpe.encode_ordinary(text)
     assert tok.encode('Hello world') == [15496, 995]  # as published
-
 

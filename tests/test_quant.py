@@ -21,7 +21,6 @@ from quant import (BitLinear, HBitLinear, activation_quant, activation_quant_ste
 all_bits = pytest.mark.parametrize('bits', [4, 8])
 both_products = pytest.mark.parametrize('product', ['integer', 'definition'])
 
-
 # ---- A1, B7
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float64, torch.bfloat16], ids=str)
@@ -35,7 +34,6 @@ def test_a1_and_b7_are_the_same_function(dtype, power):
         assert_close(alpha.double(), w.double().abs().mean(), rtol=1e-5, atol=0)
         assert torch.equal(codes * alpha, ternary_b7(w.float(), alpha))
 
-
 def test_a1_ties_and_zeros():
     """|w| = alpha / 2 is 0, the next float above is not: round() takes 0.5 to 0, as B7's <= does.
     And a matrix of zeros is no 0 / 0."""
@@ -45,7 +43,6 @@ def test_a1_ties_and_zeros():
     assert alpha == 1 and codes.tolist() == [0, 0, 1, -1, 1, -1, 1, -1, 1, -1, 0, 1]
     codes, alpha = weight_ternary(torch.zeros(3, 4))
     assert alpha > 0 and not codes.any()
-
 
 # ---- A2
 
@@ -57,7 +54,6 @@ def test_a2_is_the_formula(bits, shape):
     assert codes.dtype == torch.int8 and codes.abs().max() == 2 ** (bits - 1) - 1
     assert scale.dtype == torch.float32 and scale.shape == (*shape[:-1], 1)
     assert_close(codes * scale, activation_a2(x, bits))
-
 
 @all_bits
 def test_a2_ties_zeros_one_hot_and_tiny_tokens(bits):
@@ -74,7 +70,6 @@ def test_a2_ties_zeros_one_hot_and_tiny_tokens(bits):
     assert_close(x_hat[2], activation_a2(x[2], bits))
     assert torch.equal(x_hat[3], x_hat[2] * 2.0 ** -40)
 
-
 @pytest.mark.parametrize('quantize', [weight_ternary, activation_quant], ids=['a1', 'a2'])
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=str)
 def test_a1_a2_straight_through_is_exact(quantize, dtype):
@@ -87,14 +82,12 @@ def test_a1_a2_straight_through_is_exact(quantize, dtype):
     g = torch.randn(7, 24).to(dtype)
     assert torch.equal(torch.autograd.grad(y, x, g)[0], g)
 
-
 # ---- the product of A3
 
 def rows_a1(w):
     """A1 with one scale a row."""
     scale = w.detach().abs().mean(dim=1, keepdim=True)
     return (w.detach() / scale).round().clip(-1, 1).to(torch.int8), scale
-
 
 @pytest.fixture(params=['integer', 'integer, plain products', 'definition'])
 def machine(request, monkeypatch):
@@ -103,12 +96,10 @@ def machine(request, monkeypatch):
     monkeypatch.setattr(quant, 'ONEDNN', request.param == 'integer')
     return request.param
 
-
 def run_product(x, w, quantize, bits, g):
     x, w = x.detach().requires_grad_(), w.detach().requires_grad_()
     y = ternary_linear(x, w, *quantize(w), bits)
     return y, *torch.autograd.grad(y, (x, w), g.to(y.dtype))
-
 
 @all_bits
 @pytest.mark.parametrize('quantize', [weight_ternary, rows_a1])
@@ -124,7 +115,6 @@ def test_a3_product_is_the_formula(machine, bits, quantize, shape):
     assert_close(grad_x, g @ (codes * scale))
     assert_close(grad_w, g.reshape(-1, 24).T @ x_hat.reshape(-1, shape[-1]))
 
-
 def test_a3_product_under_autocast(machine, monkeypatch):
     """The output in bfloat16, the gradients in float32, all one rounding or so from exact."""
     x, w, g = torch.randn(3, 9, 64), torch.randn(24, 64) * 0.02, torch.randn(3, 9, 24)
@@ -135,7 +125,6 @@ def test_a3_product_under_autocast(machine, monkeypatch):
     for a, b in zip(low, run_product(x, w, weight_ternary, 8, g)):
         assert (a - b).norm() < 0.01 * b.norm()
 
-
 @pytest.mark.parametrize('bad', [float('nan'), float('inf')])
 def test_a3_product_hands_on_nan(machine, bad):
     """Garbage in a token must show in that token. It came out as an innocent integer."""
@@ -144,7 +133,6 @@ def test_a3_product_hands_on_nan(machine, bad):
     x[2, 3] = bad
     y = run_product(x, w, weight_ternary, 8, g)[0]
     assert not y[2].isfinite().any() and torch.equal(y[[0, 1, 3]], good[[0, 1, 3]])
-
 
 def test_integers_serve_where_the_machine_and_the_shapes_allow(monkeypatch):
     """On CUDA torch._int_mm takes more than 16 rows, multiples of 8; groups it takes nowhere."""
@@ -160,7 +148,6 @@ def test_integers_serve_where_the_machine_and_the_shapes_allow(monkeypatch):
     assert serve('meta', 17, 8, 16) and serve('meta', 17, 8, 16, 8, 1) and serve('cpu', 1, 9, 13)
     assert not serve('meta', 16, 8, 16) and not serve('meta', 17, 9, 16)
     assert not serve('meta', 17, 8, 12) and not serve('cpu', 17, 8, 16, 8, 2)
-
 
 # ---- A3: the layers
 
@@ -181,12 +168,10 @@ def test_a3_layers_are_the_formula(cls, width, linear_norm, bits, product, use_p
     for a, b in zip(*(torch.autograd.grad(y, (x, W), g) for y in (layer(x), reference))):
         assert_close(a, b, rtol=1e-4, atol=1e-5)
 
-
 def test_a3_layer_takes_its_own_width_only():
     """50 features are padded to 64 as 48 are, and would have passed."""
     with pytest.raises(ValueError, match='this layer takes 48 features, got 50'):
         HBitLinear(48, 8)(torch.randn(2, 50))
-
 
 @both_products
 @pytest.mark.parametrize('kind', ['fp', 'bitlinear', 'hbitlinear', 'Grouped', 'Median'])
@@ -203,13 +188,11 @@ def test_project_equals_each_layer_alone(kind, product, use_product):
                       for ys in (together, alone)), strict=True):
         assert_close(a, b)
 
-
 # ---- the seam: a layer of one's own
 
 SEAM = '''
 import torch
 from quant import BitLinear
-
 
 class Grouped(BitLinear):
     """One scale for each 16 neighbours in a row."""
@@ -219,7 +202,6 @@ class Grouped(BitLinear):
         scale = groups.abs().mean(dim=-1).clamp(min=1e-20)  # (out, groups)
         codes = (groups / scale[..., None]).round().clamp(-1, 1).to(torch.int8)
         return codes.flatten(1), scale
-
 
 class Median(BitLinear):
     """The median in the place of the mean."""
@@ -243,7 +225,6 @@ for name in ('Grouped', 'Median'):
     sample.main([out, '--prompt=def ', '--max_new_tokens=5'])
 """
 
-
 @both_products
 def test_a_group_of_neighbours_may_have_its_own_scale(product, use_product):
     """Forward and backward, whatever the machine multiplies best: int8 products know no groups."""
@@ -257,7 +238,6 @@ def test_a_group_of_neighbours_may_have_its_own_scale(product, use_product):
     assert_close(grad_x, g @ W_hat)
     assert_close(grad_W, g.T @ x_hat)
 
-
 def test_a_layer_of_ones_own_trains_resumes_evaluates_and_samples(core_alone):
     """`ternary` in a file of one's own is all it takes: at most 15 lines, and no other file."""
     assert all(len(lines.strip().splitlines()) <= 15 for lines in SEAM.split('class ')[1:])
@@ -266,7 +246,6 @@ def test_a_layer_of_ones_own_trains_resumes_evaluates_and_samples(core_alone):
                           capture_output=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count('written: ') == done.stdout.count('\n5 tokens') == 2
-
 
 # ---- A8, latent weights, storage
 
@@ -284,7 +263,6 @@ def test_a8_is_the_mean_over_matrices_and_treats_w_hat_as_constant():
         loss = quantization_loss(BitSkip(BitSkipConfig(linear='fp', n_layer=1)))
     assert loss.shape == () and loss.device.type == 'meta'
 
-
 def test_latent_weights_compute_with_w_and_quantized_activations_and_are_gone_after_an_error():
     layer, x = BitLinear(16, 8), torch.randn(3, 16)
     ternary = layer(x)
@@ -295,7 +273,6 @@ def test_latent_weights_compute_with_w_and_quantized_activations_and_are_gone_af
         raise ZeroDivisionError
     assert torch.equal(layer(x), ternary) and not bit_linears(layer)[0].latent
 
-
 @pytest.mark.parametrize('k', [1, 2, 4, 5, 6, 39, 40])
 def test_pack_round_trip(k):
     codes = torch.randint(-1, 2, (9, k), dtype=torch.int8)
@@ -304,14 +281,12 @@ def test_pack_round_trip(k):
     unpacked = unpack_ternary(packed, k)
     assert unpacked.dtype == torch.int8 and torch.equal(unpacked, codes)
 
-
 def test_pack_is_a_bijection_between_five_codes_and_the_bytes_up_to_242():
     """243 quintuples, each byte once; the first column is the lowest digit, 0 fills up the last."""
     every = torch.cartesian_prod(*[torch.tensor([-1, 0, 1], dtype=torch.int8)] * 5)
     assert pack_ternary(every).flatten().sort().values.tolist() == list(range(243))
     codes = torch.tensor([[1, 0, -1, 1, 1, 0, -1]], dtype=torch.int8)
     assert pack_ternary(codes).tolist() == [[2 + 3 + 0 + 27 * 2 + 81 * 2, 1 + 0 + 9 + 27 + 81]]
-
 
 def test_pack_and_unpack_refuse_what_is_not_theirs():
     for code in (2, -128):

@@ -24,7 +24,6 @@ from quant import latent_weights, weight_ternary
 SETTINGS = {train: train.TrainSettings, sample: sample.SampleSettings,
             eval_exits: eval_exits.EvalSettings, prepare: prepare.Settings}
 
-
 @pytest.fixture(scope='module')
 def run(tmp_path_factory):
     """The folder in which out/run was trained, with exits and gates."""
@@ -33,18 +32,15 @@ def run(tmp_path_factory):
         train.main(flags(n_layer=4, batch_size=4, max_iters=40, eval_interval=40))
     return folder
 
-
 @pytest.fixture(autouse=True)
 def in_the_run(run, monkeypatch):
     monkeypatch.chdir(run)
-
 
 def call(script, *options, stdin=''):
     done = subprocess.run([sys.executable, str(ROOT / script), *options], input=stdin, text=True,
                           capture_output=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
-
 
 # ---- sample.py
 
@@ -56,12 +52,10 @@ def say(capsys):
         return capsys.readouterr().out
     return say
 
-
 def exits_of(out):
     """How many tokens left after each block, by what sample.py says."""
     told = out.split('left after block: ')[1].splitlines()[0]
     return {int(layer): int(count) for layer, count in re.findall(r'(\d+):(\d+)', told)}
-
 
 def test_sample_continues_stdin_and_tells_speed_and_depth():
     """From the outside."""
@@ -72,7 +66,6 @@ def test_sample_continues_stdin_and_tells_speed_and_depth():
     assert exits_of(out)[2] == 9
     assert re.search(r'9 tokens, [\d,]+ tokens/s, mean exit layer 2\.00', out)
 
-
 def test_sample_greedy_text_is_the_models(say):
     """What is printed is argmax after argmax of the uncached model."""
     model, ids = open_model('out/run/ckpt.pt')[0], list(b'def ')
@@ -81,14 +74,12 @@ def test_sample_greedy_text_is_the_models(say):
     out = say('--prompt=def ', '--temperature=0', '--max_new_tokens=12', '--checkpoint=last.pt')
     assert bytes(ids).decode(errors='replace') in out and 'decoding: PyTorch' in out
 
-
 def test_sample_seeds_texts_and_long_prompts(say):
     a, b, c = (say('--prompt=x', f'--seed={seed}').split('\n\n20 tokens')[0] for seed in (1, 1, 2))
     assert a == b != c
     first, second = re.split('-{70,}', say('--prompt=x', '--seed=1', '--num_samples=2'))
     assert first.startswith(a) and second.split('\n\n20')[0].strip() not in a
     assert 'the model sees' in say(f'--prompt={"a" * 33}') and 'the model sees' not in a
-
 
 def test_sample_stops_where_the_text_ends(say, monkeypatch):
     """What came after the end, a NUL and another text, was printed. A character may take several
@@ -99,14 +90,12 @@ def test_sample_stops_where_the_text_ends(say, monkeypatch):
     out = say('--prompt=x', '--show_exits')
     assert '\nxa\u00e4bc\n' in out and '6 tokens, ' in out and sum(exits_of(out).values()) == 6
 
-
 @pytest.mark.parametrize('mode', ['gate', 'confidence', 'saturation'])
 def test_sample_token_by_token_exits(say, mode):
     """The prompt runs in full, the others leave at once or never."""
     options = ['--prompt=x', f'--exit_mode={mode}', '--show_exits', '--exit_threshold']
     shallow, deep = (exits_of(say(*options, threshold)) for threshold in ('-1.0', '1.0'))
     assert (shallow[0], shallow[3], deep[3]) == (19, 1, 20)
-
 
 # ---- eval_exits.py
 
@@ -119,16 +108,13 @@ def report(run):
         assert told in out
     return json.loads((run / 'report.json').read_text())
 
-
 @pytest.fixture
 def tokens():
     return load_tokens('data/text-bytes', 'test')
 
-
 @pytest.fixture
 def model():
     return open_model('out/run/ckpt.pt')[0]
-
 
 def test_report_has_what_others_read(report, tokens):
     assert set(report) == {'run', 'split', 'tokens', 'tokenizer', 'exits', 'decoding', 'weights',
@@ -141,7 +127,6 @@ def test_report_has_what_others_read(report, tokens):
         assert e['bits_per_byte'] == pytest.approx(e['loss'] / math.log(2), rel=1e-2)
     assert report['weights']['ternary']['loss'] == report['exits'][-1]['loss']
     assert report['split'] == 'test' and report['tokens'] == len(tokens)
-
 
 def test_a5_losses_are_those_of_the_whole_split(report, model, tokens):
     """Every token but the first is predicted once, in windows of which the last is shorter; a mean
@@ -160,7 +145,6 @@ def test_a5_losses_are_those_of_the_whole_split(report, model, tokens):
         latent = eval_exits.evaluate(model, tokens)[-1]
     assert report['weights']['latent']['loss'] == pytest.approx(latent, rel=1e-5) != batchings[0]
 
-
 def test_a4_weights_and_parameters_are_counted(report, model):
     codes, scales = zip(*(weight_ternary(layer.weight) for layer in model.linears()))
     every = torch.cat([c.flatten() for c in codes])
@@ -173,7 +157,6 @@ def test_a4_weights_and_parameters_are_counted(report, model):
     assert counts.pop('total') == sum(counts.values()) == sum(p.numel() for p in model.parameters())
     projections = sum(n for name, n in counts.items() if 'quantizable' in name)
     assert projections == model.quantizable_parameters()
-
 
 def test_b_figure_1_and_a6_statistics_by_depth(report, model, tokens):
     """Spread of h, and where tokens leave: at the first open gate, or at the last layer."""
@@ -189,7 +172,6 @@ def test_b_figure_1_and_a6_statistics_by_depth(report, model, tokens):
     assert gates['mean_exit_layer'] == pytest.approx(sum(left) / len(left), rel=1e-5)
     assert gates['leaving_share'] == pytest.approx([left.count(n) / len(left) for n in range(4)])
 
-
 def test_a_model_of_full_precision_without_exits_and_gates(say):
     """No table of ternary weights, no second kind of weights, no gates: and no division by them.
     Its exits were not trained, which is said where they are used."""
@@ -203,7 +185,6 @@ def test_a_model_of_full_precision_without_exits_and_gates(say):
     assert list(report['weights']) == ['full precision'] and report['split'] == 'val'
     assert report['stats']['weights'] is report['stats']['gates'] is None
 
-
 # ---- command lines
 
 @pytest.mark.parametrize('script', SETTINGS, ids=lambda script: script.__name__)
@@ -214,7 +195,6 @@ def test_help_lists_every_setting_with_its_comment(script, capsys):
     assert not stop.value.code and len(fields(SETTINGS[script])) >= 4
     for field in fields(SETTINGS[script]):
         assert re.search(rf'^  --{field.name}=.*\s\S', out, re.M), field.name
-
 
 @pytest.mark.parametrize('script, options, message', [
     (sample, '--draft_layer=1 --exit_layer=2', '--exit_layer and --exit_mode'),

@@ -29,23 +29,19 @@ from train import TrainSettings, get_lr
 ENV = os.environ | {'OMP_NUM_THREADS': str(torch.get_num_threads())}
 RESUME = ['--out_dir=out/run', '--init_from=resume']
 
-
 @pytest.fixture
 def text(tmp_path):
     """A working folder with a text of 12,000 bytes."""
     with text_folder(tmp_path, 12000):
         yield tmp_path
 
-
 def start(env=ENV, **changes):
     """train.py, in a process of its own."""
     return subprocess.Popen([sys.executable, str(ROOT / 'train.py'), *flags(**changes)], env=env,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
-
 def log(out_dir='out/run'):
     return [json.loads(line) for line in Path(out_dir, 'log.jsonl').read_text().splitlines()]
-
 
 def assert_same_run(a, b, **tolerance):
     """Weights, optimizer, and what is told of two runs, but for the time that they took."""
@@ -58,7 +54,6 @@ def assert_same_run(a, b, **tolerance):
         ours, theirs = ({key: value for key, value in entry.items()
                          if key not in ('seconds', 'tok_per_s', 'log_size')} for entry in entries)
         assert ours == (pytest.approx(theirs, rel=1e-4) if tolerance else theirs)
-
 
 # ---- pure functions of the step
 
@@ -73,13 +68,11 @@ def test_learning_rate_by_hand(settings, expected):
     s = TrainSettings(**dict(max_iters=100, warmup_iters=9, learning_rate=1, min_lr=0.1) | settings)
     assert {step: get_lr(step, s) for step in expected} == pytest.approx(expected)
 
-
 def test_targets_are_the_next_token():
     """Not the token that the model sees, nor the one after the next. The last one can be drawn."""
     idx, targets = train.get_batch(torch.arange(20).numpy().astype('uint16'), 100, 16, 'cpu')
     assert idx.shape == targets.shape == (100, 16) and torch.equal(targets, idx + 1)
     assert idx.min() == 0 and targets.max() == 19
-
 
 def test_micro_batches_follow_from_seed_step_and_number_alone():
     """What resuming and distribution rest on: earlier use of the generator leaves no trace."""
@@ -89,14 +82,12 @@ def test_micro_batches_follow_from_seed_step_and_number_alone():
     assert draw(7, 3, 1) == draw(7, 3, 1) and len({draw(*key) for key in (
         (7, 3, 1), (8, 3, 1), (7, 1, 3), (7, 3, 2), (7, 4, 1), (7, 31, 0), (73, 1, 0))}) == 7
 
-
 def test_weight_decay_is_on_matrices_only():
     model = BitSkip(BitSkipConfig.of(RUN | {'vocab_size': 7}))
     decayed, others = train.make_optimizer(model, TrainSettings(beta1=0.8)).param_groups
     assert decayed['weight_decay'] == 0.1 and all(p.dim() == 2 for p in decayed['params'])
     assert others['weight_decay'] == 0 and all(p.dim() == 1 for p in others['params'])
     assert len(decayed['params']) + len(others['params']) == len(list(model.parameters()))
-
 
 def test_accumulated_gradients_are_those_of_one_larger_batch(monkeypatch):
     """Three micro-batches of two samples are one batch of six: a mean, not a sum."""
@@ -116,7 +107,6 @@ def test_accumulated_gradients_are_those_of_one_larger_batch(monkeypatch):
     theirs = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
 
-
 # ---- a run
 
 def test_a_run_learns_and_leaves_what_it_promises(text, capsys):
@@ -133,7 +123,6 @@ def test_a_run_learns_and_leaves_what_it_promises(text, capsys):
     loss = evaluate(open_model('out/run/ckpt.pt')[0], load_tokens('data/text-bytes', 'val'))[-1]
     assert loss == pytest.approx(best, abs=1e-5) and not Path('out/run.lock').exists()
     assert 'Infinity' not in Path('out/run/log.jsonl').read_text()  # which is not JSON
-
 
 @pytest.mark.parametrize('change', [{}, dict(dtype='bfloat16', dropout=0.1,
                                              ee_positions='sampled')], ids=str)
@@ -157,7 +146,6 @@ def test_resuming_after_any_step_is_bit_exact(text, monkeypatch, change):
     assert train.main(RESUME) and len(calls) == 14  # a finished run has nothing left to do
     assert_same_run('out/whole', 'out/run')
 
-
 def test_a_killed_run_is_whole_and_resumes_exactly(text):
     """train.py | head: the reader of our output goes, the run goes on. Then kill -9, at any moment.
     What was logged after the last save is logged again, once."""
@@ -174,7 +162,6 @@ def test_a_killed_run_is_whole_and_resumes_exactly(text):
     assert train.main(RESUME) and train.main(flags(out_dir='out/whole', **settings))
     assert_same_run('out/whole', 'out/run')
 
-
 def test_two_processes_take_the_step_of_one(text):
     """DDP over gloo. A block that all samples skip in one process, or in both, has no gradient
     there. The micro-batches of both are those of one, and so are the losses."""
@@ -190,7 +177,6 @@ def test_two_processes_take_the_step_of_one(text):
     assert 'best: val loss' in out and not silence  # one of them speaks
     assert_same_run('out/one', 'out/two', rtol=1e-4, atol=1e-6)
 
-
 def test_a_compiled_run_has_the_same_losses(text, monkeypatch):
     """No graph is broken, and few serve all shapes. (They run as they were traced: to compile C++
     from them takes minutes.)"""
@@ -205,7 +191,6 @@ def test_a_compiled_run_has_the_same_losses(text, monkeypatch):
         for name in {'total', 'ce', 'ee', 'quant', 'route', 'val_loss'} & plain.keys():
             assert compiled[name] == pytest.approx(plain[name], rel=1e-3), name
 
-
 def test_without_a_compiler_training_goes_on_uncompiled(text, monkeypatch, capsys):
     """It ended in a traceback of torch's, after the first batch."""
     def compile_(*_, **__):
@@ -213,7 +198,6 @@ def test_without_a_compiler_training_goes_on_uncompiled(text, monkeypatch, capsy
     monkeypatch.setattr(torch, 'compile', compile_)
     assert train.main(flags(max_iters=1, eval_interval=1, compile=True))
     assert 'goes on without it: InvalidCxxCompiler' in capsys.readouterr().out
-
 
 # ---- when to stop
 
@@ -230,7 +214,6 @@ def test_patience_counts_evaluations_and_outlasts_an_interruption(text):
     assert [entry['iter'] for entry in log() if 'val_loss' in entry] == [4, 8]  # one too many
     assert Path('out/run/ckpt.pt').read_bytes() == best and log()[-1]['best'] == 0.5
 
-
 def test_divergence_stops_with_step_checkpoint_and_advice(text):
     with pytest.raises(train.Diverged, match=r'step \d: the loss is .* nothing is saved'):
         train.main(flags(learning_rate=1e38, warmup_iters=0))
@@ -242,7 +225,6 @@ def test_divergence_stops_with_step_checkpoint_and_advice(text):
                         f'--eval_interval={interval}'])
         assert load_checkpoint('out/run/last.pt')['progress']['iter'] == 4
     assert 'NaN' not in Path('out/run/log.jsonl').read_text()  # which is not JSON
-
 
 # ---- folders, and a user's mistakes
 
@@ -257,7 +239,6 @@ def test_an_earlier_run_is_moved_aside_and_one_at_work_is_left_alone(text):
         for out_dir in ('out/run', 'out/run/', './out//run'):
             with pytest.raises(UserError, match='out/run is being trained by another process'):
                 train.main(flags(out_dir=out_dir))
-
 
 @pytest.mark.parametrize('changes, message', [
     ({'init_from': 'resume'}, 'there is no checkpoint out/run/last.pt'),
@@ -274,7 +255,6 @@ def test_mistakes_are_told_in_one_sentence_and_leave_nothing(text, changes, mess
         train.main(flags(**changes))
     assert '\n' not in str(error.value) and not os.path.exists('out/run')
 
-
 def test_resume_refuses_another_model_and_another_text(text):
     """The text was its own, but from then on the run was told to be on the other one."""
     train.main(flags(max_iters=1, eval_interval=1))
@@ -285,7 +265,6 @@ def test_resume_refuses_another_model_and_another_text(text):
     for flag in ('--dataset=other.txt', '--tokenizer=gpt2'):
         with pytest.raises(UserError, match='a run that goes on keeps that'):
             train.main([*RESUME, flag, '--max_iters=2'])
-
 
 def test_init_from_starts_from_a_finished_model(text):
     """Its settings hold, its weights are taken over, but for gates that learned something else."""
@@ -302,7 +281,6 @@ def test_init_from_starts_from_a_finished_model(text):
     for flag in ('--n_embd=64', '--n_layer=4', '--n_layer=2', '--sub_norm=False'):
         with pytest.raises(UserError, match='the model in out/run does not fit these settings'):
             train.main([*start_from, flag])
-
 
 @pytest.mark.parametrize('path', sorted((ROOT / 'config').glob('[!_]*.py')), ids=lambda p: p.stem)
 def test_every_config_is_short_and_valid(path):

@@ -90,6 +90,17 @@ def test_projections_are_those_that_were_trained(make_model, tokens, path, kind)
     assert torch.equal(small.generate(tokens(), 12, **options),
                        model.generate(tokens(), 12, **options))
 
+@heads
+def test_causality_of_the_packed_model(make_model, tokens, path, head):
+    """A changed token leaves every earlier logit as it was, bit for bit."""
+    small, idx = to_ternary(make_model(linear='hbitlinear'), head), tokens(2, 12)
+    for t in (1, 6, 11):
+        changed = idx.clone()
+        changed[:, t] = (changed[:, t] + 1) % 31
+        for layer in range(3):
+            a, b = small(idx, exit_layer=layer)[0], small(changed, exit_layer=layer)[0]
+            assert torch.equal(a[:, :t], b[:, :t]) and not torch.equal(a[:, t], b[:, t])
+
 @kinds
 @heads
 def test_storage_round_trip(make_model, tokens, kind, head):

@@ -33,10 +33,9 @@ def test_a_clipped_gradient_keeps_its_direction():
         assert torch.allclose(grad, grad[0, 0].expand(3, 4))
         assert torch.allclose(grad.norm(), torch.tensor(norm or scale * 12 ** 0.5))
 
-def test_it_trains_by_name(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    text_folder()
-    routing.start(['Clipped', *flags(max_iters=2, lambda_r=0.2)])
-    assert isinstance(open_model('out/run/ckpt.pt')[0], routing.Clipped)
+def test_it_trains_by_name(tmp_path):
+    with text_folder(tmp_path, 3000):
+        routing.start(['Clipped', *flags(max_iters=2, lambda_r=0.2)])
+        assert isinstance(open_model('out/run/ckpt.pt')[0], routing.Clipped)
     with pytest.raises(UserError, match='name a variant first: Detached or Clipped'):
         routing.start(['--max_iters=2'])
