@@ -69,7 +69,9 @@ NO_EXITS = {
     'H-BitLinear, no final norm': CPU.format('bitskip_h') + ' --exit_norm=raw'}
 COMPOSE = {
     'joint exits': CPU.format('compose'),
-    'joint exits, equal time': CPU.format('compose') + f' {EQUAL_TIME}'}
+    'joint exits, equal time': CPU.format('compose') + f' {EQUAL_TIME}',
+    'joint exits, as llama.cpp takes them': CPU.format('compose') + (
+        ' --linear=bitlinear --norm=rmsnorm --sub_norm=False --exit_norm=final')}
 
 def longer(cells, factor):
     steps = f'--max_iters={1400 * factor} --eval_interval={700 * factor}'

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from common import atomic_write
 from configurator import run
+from fast.machine import commit
 from prepare import load_tokens, prepare
 
 def xz_bits(text, before=b''):
@@ -45,7 +46,8 @@ def main(argv):
     train, test = (load_tokens(folder, name).astype('uint8').tobytes()
                    for name in ('train', 'test'))
     seen = 1400 * 8 * 256  # as many bytes as a run of config/cpu_long.py trains on
-    found = {'test bytes': len(test), 'train bytes': len(train), 'date': time.strftime('%Y-%m-%d'),
+    found = {'command': 'python -m papers.yardsticks', 'commit': commit(),
+             'date': time.strftime('%Y-%m-%d'), 'test bytes': len(test), 'train bytes': len(train),
              'xz, test text alone': xz_bits(test),
              'xz, after 2.9 MB of training text': xz_bits(test, train[:seen]),
              'xz, after all training text': xz_bits(test, train)}
