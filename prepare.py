@@ -244,7 +244,7 @@ def build(folder, meta, pieces, tok):
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     counts = [f"{split} {count['tokens']:,} tokens" for split, count in splits.items()]
-    say(f"prepared {folder}: {', '.join(counts)}")
+    say(f"prepared {folder}:\n  {', '.join(counts)}")
     return folder
 
 def write_splits(folder, dataset, pieces, tok):

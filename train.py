@@ -252,7 +252,7 @@ def train(s, saved, Model):
         for block in model.blocks:
             block.compile()
     millions = model.quantizable_parameters() / 1e6
-    say(f'{s.out_dir}: {s.linear}, {millions:.1f}M quantizable weights, {s.dtype} on '
+    say(f'{s.out_dir}: {s.linear}, {millions:.1f}M quantizable weights\n  {s.dtype} on '
         f'{processes.world} x {processes.device} ({int8_support(processes.device.type)[1]})')
     finished = loop(s, model, optimizer, progress, data, processes)
     if processes.is_main:
