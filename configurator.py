@@ -16,6 +16,7 @@ import pkgutil
 import re
 import runpy
 import sys
+import textwrap
 import typing
 
 class UserError(Exception):
@@ -120,7 +121,8 @@ def print_help(cls):
         print(f'\n{inspect.getdoc(owner)}')
         for name, words, default, comment in re.findall(
                 r'^    (\w+): (?:Literal)?(.+?) = (.+?)\s+# (.+)$', inspect.getsource(owner), re.M):
-            print(f"{f'  --{name}={default}':34} {comment} {words * (words[0] == '[')}")
+            flag, text = f'  --{name}={default}', f"{comment} {words * (words[0] == '[')}"
+            print(textwrap.fill(text, 80, initial_indent=f'{flag:34} ', subsequent_indent=' ' * 35))
 
 def class_name(cls):
     """'module:Class', for find_class. (A script's own class calls its module only __main__.)"""
@@ -131,7 +133,9 @@ def find_class(name, base):
     """The class 'module:Class', a kind of `base`, in a file of this folder; else ValueError."""
     path = os.path.join(os.path.dirname(__file__), *name.partition(':')[0].split('.')) + '.py'
     try:
-        found = pkgutil.resolve_name(name) if os.path.isfile(path) else f'no file {path}'
+        if not os.path.isfile(path):
+            raise FileNotFoundError(f'there is no {path}')
+        found = pkgutil.resolve_name(name)
         if not issubclass(found, base):
             raise TypeError(f'it is not a {base.__name__}')
     except Exception as error:

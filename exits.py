@@ -1,5 +1,5 @@
 """
-Early exit: how intermediate layers are supervised, skipped, and chosen, as pure functions.
+Early exit: how intermediate layers are supervised, skipped, and chosen.
 
 Block l of L leaves a hidden state h_l. Any of them can be read out: logits_l = head(norm(h_l)).
 
@@ -25,15 +25,11 @@ def exit_weights(n_layer, weighting):
     return weights / weights.sum()
 
 def exit_loss(rows, targets, weights, head):
-    """A4, B6: sum over exits l of w_l CE(head h_l, next token), a scalar, by its definition.
+    """A4, B6: sum over exits l of w_l CE(head h_l, next token), a scalar. minimal.py says it as a
+    loop; here all exits are one batch of rows, whose logits are never held whole.
 
     rows: what the head reads at each exit, (N_l, C) each; targets: (N_l,) int64 each, shifted;
     weights: w_l, as floats; head: (V, C)."""
-    return sum(w * F.cross_entropy(F.linear(h, head), target)
-               for h, target, w in zip(rows, targets, weights))
-
-def exit_loss_in_chunks(rows, targets, weights, head):
-    """exit_loss, fast: all exits are one batch of rows, whose logits are never held whole."""
     token_weights = [torch.full((len(h),), w / max(1, len(h)), device=h.device)
                      for h, w in zip(rows, weights)]
     rows, targets = torch.cat(rows), torch.cat(targets)
@@ -81,8 +77,8 @@ def expected_exit_layer(p):
 
     p_l is the chance to leave at layer l once reached; who has not left by then leaves at L-1.
     E is linear in each p_l, so on independent samples z ~ p its mean is E(p)."""
-    reach = torch.cumprod(1 - p, dim=-1)  # (..., L-1): the chance to get past layer l
-    return reach.sum(dim=-1)  # sum_l l P(leave at l) = sum_{l >= 0} P(get past l)
+    past = torch.cumprod(1 - p, dim=-1)  # (..., L-1): the chance to leave at none of 0 ... l
+    return past.sum(dim=-1)  # sum_l l P(leave at l) = sum_{l >= 0} P(get past l)
 
 def routing_loss(p, target_exit):
     """A9: (E - l*)^2, a scalar, of p (B, T, L-1). E is a mean over tokens ("on average")."""

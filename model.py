@@ -24,8 +24,8 @@ import torch.nn.functional as F
 
 import decode
 from configurator import check
-from exits import (Gate, deal, divergence_loss, exit_loss_in_chunks, exit_weights,
-                   linear_cross_entropy, routing_loss, sample_exits, skip_probabilities)
+from exits import (Gate, deal, divergence_loss, exit_loss, exit_weights, linear_cross_entropy,
+                   routing_loss, sample_exits, skip_probabilities)
 from quant import linear_class, project, quantization_loss
 
 LIMITS = {name: (1, 2 ** 20) for name in (  # least and most
@@ -56,7 +56,7 @@ class BitSkipConfig:
     lambda_ee: float = 0.0  # weight of the early-exit loss (A7); 0.3 where exits are trained
     ee_weighting: Literal['early', 'late', 'uniform'] = 'early'  # A4, B6, or all the same
     ee_positions: Literal['all', 'sampled'] = 'all'  # sampled: each learns from 1/(L-1) of them
-    exit_norm: Literal['final', 'none', 'raw'] = 'final'  # none: exits read raw h_l; raw: L-1, too
+    exit_norm: Literal['final', 'none', 'raw'] = 'final'  # none: exits read h_l; raw: all depths
     p_max: float = 0.0  # layer skipping (A5): the largest probability; Paper A 0.7, Paper B 0.5
     skip_normalize: bool = False  # scale them to sum 1, whatever p_max is (Paper B, section 3.3)
     lambda_q: float = 0.0  # weight of the quantization loss (A8); 0.05 where exits are trained
@@ -100,8 +100,6 @@ def rotate(x, rope):
 class Attention(nn.Module):
     """Causal grouped-query attention with rotary positions: (B, T, C) -> (B, T, C)."""
 
-    causal = True
-
     def __init__(self, config):
         super().__init__()
         C, self.dropout = config.n_embd, config.dropout
@@ -116,7 +114,7 @@ class Attention(nn.Module):
         q, k, v = map(self.heads, project(x, self.q, self.k, self.v))  # (B, H, T, D), k and v fewer
         q, k = rotate(q, rope), rotate(k, rope)
         if past is None:
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal, enable_gqa=True,
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True,
                                                dropout_p=self.dropout if self.training else 0.0)
         else:
             y = past.attend(q, k, v)  # the same to all tokens so far (decode.py)
@@ -258,10 +256,6 @@ class BitSkip(nn.Module):
         early = layer < self.config.n_layer - 1
         return h if early and self.config.exit_norm == 'none' else self.norm(h)
 
-    def exit_targets(self, idx, targets):
-        """What exits learn: the next token. (As run by the authors, the current one: papers/.)"""
-        return targets
-
     def adopt(self, state):
         """The weights of a finished model, by the names that this one has for them."""
         return state
@@ -274,18 +268,18 @@ class BitSkip(nn.Module):
         ce = linear_cross_entropy(h.flatten(0, 1), self.head.weight, targets.flatten())
         ee = quant = route = torch.zeros((), device=h.device)
         if earlier and config.lambda_ee:
-            ee = self.exit_loss(earlier, self.exit_targets(idx, targets))  # A4
+            ee = self.early_exit_loss(earlier, idx, targets)  # A4
         if config.lambda_q and len(states) >= config.n_layer:
             quant = quantization_loss(self)  # A8
         if earlier and config.lambda_r and self.gates:
-            route = self.gate_loss(earlier, h)  # A9
+            route = self.route_loss(earlier, h)  # A9
         total = ce + config.lambda_ee * ee + config.lambda_q * quant + config.lambda_r * route  # A7
         return {'total': total, 'ce': ce, 'ee': ee, 'quant': quant, 'route': route}
 
-    def exit_loss(self, states, targets):
-        """A4, B6 of the exits' L-1 states (B, T, C) and of targets (B, T). With
-        ee_positions='sampled' each exit has its own share of the tokens in training: all exits
-        together then cost what one costs."""
+    def early_exit_loss(self, states, idx, targets):
+        """A4, B6 of the exits' L-1 states (B, T, C), tokens and targets (B, T). (As run by the
+        authors, exits learn idx.) With ee_positions='sampled' each exit has its own share of the
+        tokens in training: all exits together then cost what one costs."""
         rows, targets = [h.flatten(0, 1) for h in states], [targets.flatten()] * len(states)
         if self.training and self.config.ee_positions == 'sampled':
             shares = deal(len(rows[0]), len(rows), rows[0].device)
@@ -293,9 +287,9 @@ class BitSkip(nn.Module):
             targets = [target[share] for target, share in zip(targets, shares)]
         rows = [self.exit_state(h, layer) for layer, h in enumerate(rows)]
         weights = exit_weights(self.config.n_layer, self.config.ee_weighting).tolist()
-        return exit_loss_in_chunks(rows, targets, weights, self.head.weight)
+        return exit_loss(rows, targets, weights, self.head.weight)
 
-    def gate_loss(self, states, last):
+    def route_loss(self, states, last):
         """What the gates learn: A9 or, with gate_loss='divergence', what leaving there costs."""
         if self.config.gate_loss == 'divergence':
             return divergence_loss(self.gates, states, last, self.exit_state, self.head)

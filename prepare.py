@@ -154,8 +154,8 @@ def read_rows(dataset, *args, **options):
                     yield split, text.strip(), True
     except Exception as error:  # the library raises whatever it likes
         why = f'{type(error).__name__}: {error}'.splitlines()[0]
-        raise UserError(f'{dataset} cannot be read ({why}); a set of the hub needs a network, or a '
-                        'local copy in parquet files: --source=DIR') from error
+        raise UserError(f'{dataset} cannot be read ({why}); is it a path that is not there? A set '
+                        'of the hub needs a network, or a local copy: --source=DIR') from error
 
 # ---- tokens ----
 def get_tokenizer(name):

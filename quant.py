@@ -131,8 +131,9 @@ def ternary_linear(x, weight, codes, scale, bits):
 def project(x, *layers):
     """[layer(x) for layer in layers], layers of one kind, as one product: q, k and v share their
     input, which is prepared and quantized once."""
-    first = layers[0]
-    if any(type(layer).forward is not BitLinear.forward or layer.latent for layer in layers):
+    first, usual = layers[0], (BitLinear.prepare, HBitLinear.prepare)
+    if any(layer.latent or type(layer).forward is not BitLinear.forward or
+           type(layer).prepare not in usual for layer in layers):
         return [layer(x) for layer in layers]
     codes, scales = zip(*(layer.ternary() for layer in layers))
     rows = [torch.atleast_2d(scale).expand(len(c), -1) for c, scale in zip(codes, scales)]
@@ -163,6 +164,32 @@ def latent_weights(model):
     finally:
         for layer in layers:
             del layer.latent  # back to the class's
+
+# Storage: five ternary digits to a byte, because 3^5 = 243 <= 256. That is 1.6 bits a weight; the
+# limit is log2(3) = 1.585. Byte j of a row holds columns 5j to 5j+4, the first is the lowest digit:
+#     byte = (c0 + 1) + 3 (c1 + 1) + 9 (c2 + 1) + 27 (c3 + 1) + 81 (c4 + 1)      c in {-1, 0, 1}
+# The last byte of a row is filled up with zeros (digit 1).
+TRITS = torch.tensor([1, 3, 9, 27, 81], dtype=torch.uint8)
+
+def pack_ternary(codes):
+    """codes (out, k) int8 -> packed (out, ceil(k / 5)) uint8. ValueError on other codes."""
+    if codes.dtype != torch.int8:
+        raise ValueError(f'pack_ternary takes int8 codes, got {codes.dtype}')
+    if codes.numel() and (codes.min() < -1 or codes.max() > 1):
+        raise ValueError('pack_ternary takes codes -1, 0 and 1 only')
+    digits = F.pad(codes, (0, -codes.shape[-1] % 5)).unflatten(-1, (-1, 5)) + 1  # (out, bytes, 5)
+    return (digits * TRITS.to(codes.device)).sum(-1).to(torch.uint8)
+
+def unpack_ternary(packed, k):
+    """packed (out, ceil(k / 5)) uint8 -> codes (out, k) int8. ValueError if they do not fit."""
+    if packed.shape[-1] != -(-k // 5):
+        raise ValueError(f'{k} columns take {-(-k // 5)} bytes a row, got {packed.shape[-1]}')
+    if packed.numel() and packed.max() > 242:
+        raise ValueError('not packed ternary weights: a byte is over 242')
+    digits = packed.unsqueeze(-1) // TRITS.to(packed.device) % 3  # (out, bytes, 5)
+    return digits.flatten(-2)[..., :k].to(torch.int8) - 1
+
+# ---- the product of A3, fast ----
 
 class IntegerLinear(torch.autograd.Function):
     """F.linear(x^, W^) as one int8 product with int32 sums, scaled at the end.
@@ -218,27 +245,3 @@ def float_product(a, b):
     if ONEDNN and a.device.type == 'cpu' and known and not torch.compiler.is_compiling():
         return torch.ops.mkldnn._linear_pointwise(a, b.t(), None, 'none', [], '')
     return a @ b
-
-# Storage: five ternary digits to a byte, because 3^5 = 243 <= 256. That is 1.6 bits a weight; the
-# limit is log2(3) = 1.585. Byte j of a row holds columns 5j to 5j+4, the first is the lowest digit:
-#     byte = (c0 + 1) + 3 (c1 + 1) + 9 (c2 + 1) + 27 (c3 + 1) + 81 (c4 + 1)      c in {-1, 0, 1}
-# The last byte of a row is filled up with zeros (digit 1).
-TRITS = torch.tensor([1, 3, 9, 27, 81], dtype=torch.uint8)
-
-def pack_ternary(codes):
-    """codes (out, k) int8 -> packed (out, ceil(k / 5)) uint8. ValueError on other codes."""
-    if codes.dtype != torch.int8:
-        raise ValueError(f'pack_ternary takes int8 codes, got {codes.dtype}')
-    if codes.numel() and (codes.min() < -1 or codes.max() > 1):
-        raise ValueError('pack_ternary takes codes -1, 0 and 1 only')
-    digits = F.pad(codes, (0, -codes.shape[-1] % 5)).unflatten(-1, (-1, 5)) + 1  # (out, bytes, 5)
-    return (digits * TRITS.to(codes.device)).sum(-1).to(torch.uint8)
-
-def unpack_ternary(packed, k):
-    """packed (out, ceil(k / 5)) uint8 -> codes (out, k) int8. ValueError if they do not fit."""
-    if packed.shape[-1] != -(-k // 5):
-        raise ValueError(f'{k} columns take {-(-k // 5)} bytes a row, got {packed.shape[-1]}')
-    if packed.numel() and packed.max() > 242:
-        raise ValueError('not packed ternary weights: a byte is over 242')
-    digits = packed.unsqueeze(-1) // TRITS.to(packed.device) % 3  # (out, bytes, 5)
-    return digits.flatten(-2)[..., :k].to(torch.int8) - 1

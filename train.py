@@ -75,8 +75,6 @@ class TrainSettings(BitSkipConfig):
         if self.gate_dim and self.lambda_r and self.gate_loss == 'cost':
             check(self, {'target_exit': (0, self.n_layer - 1)})
 
-class Diverged(UserError): ...
-
 def get_lr(step, s):
     """The learning rate of step 0, 1, ... max_iters-1."""
     # 1) linear warm-up to the peak
@@ -127,6 +125,101 @@ def gradient(model, tokens, s, step, processes):
         total = total + torch.stack([loss.detach() for loss in losses.values()])
     total = processes.sum(total) / s.gradient_accumulation_steps
     return dict(zip(losses, total.tolist()))
+
+def loop(s, model, optimizer, progress, data, processes):
+    """Steps and evaluations to the end: True. Ctrl-C saves after the step under way: False."""
+    meta, train_tokens, val_tokens = data
+    main_process, finished = processes.is_main, False
+    module = model
+    if processes.world > 1:  # (a block that all samples skip has no gradient: find_unused)
+        module = DistributedDataParallel(model, find_unused_parameters=True)
+    bar = tqdm(total=s.max_iters, initial=progress['iter'], disable=None if main_process else True,
+               bar_format='{n}/{total} |{bar:10}| {desc} ETA {remaining}', dynamic_ncols=True)
+    clock = time.perf_counter() - progress['seconds']
+    tokens_per_step = s.gradient_accumulation_steps * s.batch_size * s.block_size
+    with interrupts() as wanted:
+        while True:
+            # evaluate on the whole validation text, and save
+            done = progress['iter']
+            due = done % s.eval_interval == 0 or done == s.max_iters
+            if due and done > progress['last_eval']:
+                bar.set_description_str('evaluating')
+                with autocast(processes.device, s.dtype):
+                    loss = evaluate(model, val_tokens, None, s.batch_size, processes)[-1]
+                require_finite(s, f'step {done}: the validation loss is {loss}', loss)
+                better = loss < progress['val_loss']
+                progress |= {'last_eval': done, 'val_loss': min(loss, progress['val_loss']),
+                             'bad_evals': 0 if better else progress['bad_evals'] + 1}
+                if main_process:
+                    if better:
+                        save('ckpt.pt', model, s, meta, progress)
+                    log(s, iter=done, val_loss=loss, best=progress['val_loss'])
+                    save('last.pt', model, s, meta, progress, optimizer)
+                    with tqdm.external_write_mode():
+                        say(f'step {done}: {describe(meta, loss)}' + ', not best' * (not better))
+            finished = done >= s.max_iters or 0 < s.patience <= progress['bad_evals']
+            if finished or processes.any(wanted):
+                break
+            # one step
+            started = time.perf_counter()
+            model.train()
+            optimizer.zero_grad(set_to_none=True)
+            losses = gradient(module, train_tokens, s, done, processes)
+            norm = clip_grad_norm_(model.parameters(), s.grad_clip or math.inf).item()
+            require_finite(s, f'step {done}: the loss is {losses["total"]}, its gradient {norm}',
+                           losses['total'], norm)
+            for group in optimizer.param_groups:
+                group['lr'] = get_lr(done, s)
+            optimizer.step()
+            speed = tokens_per_step / (time.perf_counter() - started)
+            progress |= {'iter': done + 1, 'seconds': time.perf_counter() - clock}
+            if main_process and progress['iter'] % s.log_interval == 0:
+                log(s, iter=done + 1, **losses, lr=get_lr(done, s), grad_norm=norm,
+                    tok_per_s=speed, seconds=progress['seconds'])
+            bar.set_description_str(f'loss {losses["ce"]:.3f} {speed / 1000:.1f}k tok/s', False)
+            bar.update()
+    bar.close()
+    if main_process and not finished:
+        save('last.pt', model, s, meta, progress, optimizer)
+    return finished
+
+def train(s, saved, Model):
+    """The run that these settings describe, from scratch or from a checkpoint. As `main`."""
+    processes = Processes(pick_device(s.device))
+    s.dtype = pick_dtype(s.dtype, processes.device)  # a resumed run keeps the choice
+    if s.gradient_accumulation_steps % processes.world:
+        raise UserError(f'--gradient_accumulation_steps={s.gradient_accumulation_steps} cannot be '
+                        f'dealt out to {processes.world} processes: take a multiple of that')
+    data = meta, train_tokens, _ = load_data(s, saved)
+    if len(train_tokens) <= s.block_size:
+        raise UserError(f'the training text has {len(train_tokens)} tokens, too few for '
+                        f'block_size={s.block_size}; take more text or a smaller --block_size')
+    s.vocab_size = meta['vocab_size']
+    torch.manual_seed(s.seed)
+    model = Model(Model.Config.of(asdict(s))).to(processes.device)
+    optimizer = make_optimizer(model, s)
+    progress = {'iter': 0, 'last_eval': 0, 'val_loss': math.inf, 'bad_evals': 0, 'seconds': 0.0}
+    if s.init_from == 'resume':
+        progress = resume(model, optimizer, saved, s, processes.is_main)
+    else:
+        if saved:
+            start_from(model, saved, s)
+        if processes.is_main:
+            start(s, meta)
+    if s.compile and can_compile():
+        for block in model.blocks:
+            block.compile()
+    every, ternary = sum(p.numel() for p in model.parameters()), model.quantizable_parameters()
+    say(f'{s.out_dir}: {every / 1e6:.1f}M parameters, {ternary / 1e6:.1f}M of them in projections '
+        f'({s.linear})\n  {s.dtype} on '
+        f'{processes.world} x {processes.device} ({int8_support(processes.device.type)[1]})')
+    finished = loop(s, model, optimizer, progress, data, processes)
+    if processes.is_main:
+        conclude(s, meta, progress, finished)
+    processes.close()
+    return finished
+
+# ---- a run on disk ----
 
 def path(s, name):
     return os.path.join(s.out_dir, name)
@@ -209,7 +302,7 @@ def load_data(s, saved):
 def require_finite(s, found, *numbers):
     if not all(map(math.isfinite, numbers)):
         kept = os.path.exists(path(s, 'last.pt'))
-        raise Diverged(f'{found}: training has diverged; '
+        raise UserError(f'{found}: training has diverged; '
                        f'{path(s, "last.pt") + " is whole" if kept else "nothing is saved"}; try a '
                        f'lower --learning_rate than {s.learning_rate:g} or a longer --warmup_iters')
 
@@ -224,98 +317,6 @@ def conclude(s, meta, progress, finished):
     say(f'best: {describe(meta, progress["val_loss"])}\n{progress["iter"]} steps in '
         f'{progress["seconds"] / 60:.1f} minutes; next:\n  python sample.py --out_dir={folder}'
         f'{early if s.lambda_ee else ""}\n  python eval_exits.py --out_dir={folder}')
-
-def train(s, saved, Model):
-    """The run that these settings describe, from scratch or from a checkpoint. As `main`."""
-    processes = Processes(pick_device(s.device))
-    s.dtype = pick_dtype(s.dtype, processes.device)  # a resumed run keeps the choice
-    if s.gradient_accumulation_steps % processes.world:
-        raise UserError(f'--gradient_accumulation_steps={s.gradient_accumulation_steps} cannot be '
-                        f'dealt out to {processes.world} processes: take a multiple of that')
-    data = meta, train_tokens, _ = load_data(s, saved)
-    if len(train_tokens) <= s.block_size:
-        raise UserError(f'the training text has {len(train_tokens)} tokens, too few for '
-                        f'block_size={s.block_size}; take more text or a smaller --block_size')
-    s.vocab_size = meta['vocab_size']
-    torch.manual_seed(s.seed)
-    model = Model(Model.Config.of(asdict(s))).to(processes.device)
-    optimizer = make_optimizer(model, s)
-    progress = {'iter': 0, 'last_eval': 0, 'val_loss': math.inf, 'bad_evals': 0, 'seconds': 0.0}
-    if s.init_from == 'resume':
-        progress = resume(model, optimizer, saved, s, processes.is_main)
-    else:
-        if saved:
-            start_from(model, saved, s)
-        if processes.is_main:
-            start(s, meta)
-    if s.compile and can_compile():
-        for block in model.blocks:
-            block.compile()
-    millions = model.quantizable_parameters() / 1e6
-    say(f'{s.out_dir}: {s.linear}, {millions:.1f}M quantizable weights\n  {s.dtype} on '
-        f'{processes.world} x {processes.device} ({int8_support(processes.device.type)[1]})')
-    finished = loop(s, model, optimizer, progress, data, processes)
-    if processes.is_main:
-        conclude(s, meta, progress, finished)
-    processes.close()
-    return finished
-
-def loop(s, model, optimizer, progress, data, processes):
-    """Steps and evaluations to the end: True. Ctrl-C saves after the step under way: False."""
-    meta, train_tokens, val_tokens = data
-    main_process, finished = processes.is_main, False
-    module = model
-    if processes.world > 1:  # (a block that all samples skip has no gradient: find_unused)
-        module = DistributedDataParallel(model, find_unused_parameters=True)
-    bar = tqdm(total=s.max_iters, initial=progress['iter'], disable=None if main_process else True,
-               bar_format='{n}/{total} |{bar:10}| {desc} ETA {remaining}', dynamic_ncols=True)
-    clock = time.perf_counter() - progress['seconds']
-    tokens_per_step = s.gradient_accumulation_steps * s.batch_size * s.block_size
-    with interrupts() as wanted:
-        while True:
-            # evaluate on the whole validation text, and save
-            done = progress['iter']
-            due = done % s.eval_interval == 0 or done == s.max_iters
-            if due and done > progress['last_eval']:
-                bar.set_description_str('evaluating')
-                with autocast(processes.device, s.dtype):
-                    loss = evaluate(model, val_tokens, None, s.batch_size, processes)[-1]
-                require_finite(s, f'step {done}: the validation loss is {loss}', loss)
-                better = loss < progress['val_loss']
-                progress |= {'last_eval': done, 'val_loss': min(loss, progress['val_loss']),
-                             'bad_evals': 0 if better else progress['bad_evals'] + 1}
-                if main_process:
-                    if better:
-                        save('ckpt.pt', model, s, meta, progress)
-                    log(s, iter=done, val_loss=loss, best=progress['val_loss'])
-                    save('last.pt', model, s, meta, progress, optimizer)
-                    with tqdm.external_write_mode():
-                        say(f'step {done}: {describe(meta, loss)}' + ', not best' * (not better))
-            finished = done >= s.max_iters or 0 < s.patience <= progress['bad_evals']
-            if finished or processes.any(wanted):
-                break
-            # one step
-            started = time.perf_counter()
-            model.train()
-            optimizer.zero_grad(set_to_none=True)
-            losses = gradient(module, train_tokens, s, done, processes)
-            norm = clip_grad_norm_(model.parameters(), s.grad_clip or math.inf).item()
-            require_finite(s, f'step {done}: the loss is {losses["total"]}, its gradient {norm}',
-                           losses['total'], norm)
-            for group in optimizer.param_groups:
-                group['lr'] = get_lr(done, s)
-            optimizer.step()
-            speed = tokens_per_step / (time.perf_counter() - started)
-            progress |= {'iter': done + 1, 'seconds': time.perf_counter() - clock}
-            if main_process and progress['iter'] % s.log_interval == 0:
-                log(s, iter=done + 1, **losses, lr=get_lr(done, s), grad_norm=norm,
-                    tok_per_s=speed, seconds=progress['seconds'])
-            bar.set_description_str(f'loss {losses["ce"]:.3f} {speed / 1000:.1f}k tok/s', False)
-            bar.update()
-    bar.close()
-    if main_process and not finished:
-        save('last.pt', model, s, meta, progress, optimizer)
-    return finished
 
 def main(argv, Settings=TrainSettings, Model=BitSkip):
     """Train by this command line: True at the end, False if it was interrupted. A variant of the

@@ -32,7 +32,7 @@ def run(step, threshold, exit_norm='final'):
 def expected(threshold, exit_norm='final'):
     @torch.no_grad()
     def step(model, token, cache, threshold):
-        return step_with_exits(model, token, cache, 3, 'confidence', threshold)[1:]
+        return step_with_exits(model, token, cache, 3, 'confidence', threshold)
     return run(step, threshold, exit_norm)
 
 

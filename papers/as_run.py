@@ -24,7 +24,7 @@ import torch.nn.functional as F
 
 import model
 from configurator import run
-from exits import exit_loss_in_chunks, exit_weights
+from exits import exit_loss, exit_weights
 from quant import BitLinear, HBitLinear
 from train import TrainSettings, main
 
@@ -125,18 +125,16 @@ class AsRun(model.BitSkip):
     def exit_state(self, h, layer):
         return self.norm(h)  # Table 5 and decoding read this, whatever exits learned from
 
-    def exit_targets(self, idx, targets):
-        return idx if self.config.exit_labels == 'current' else targets  # 6
-
-    def exit_loss(self, states, targets):
+    def early_exit_loss(self, states, idx, targets):
+        targets = idx if self.config.exit_labels == 'current' else targets  # 6
         w = torch.arange(1.0, len(states) + 1)  # (L,)
         w = {'all_late': w, 'all_front': 1 / w}.get(self.config.ee_weighting)
         w = exit_weights(len(states), self.config.ee_weighting) if w is None else w / w.sum()  # 7
         states = states if self.config.exit_norm == 'none' else map(self.norm, states)  # 7
         rows = [h.flatten(0, 1) for h in states][:len(w)]
-        return exit_loss_in_chunks(rows, [targets.flatten()] * len(w), w.tolist(), self.head.weight)
+        return exit_loss(rows, [targets.flatten()] * len(w), w.tolist(), self.head.weight)
 
-    def gate_loss(self, states, last):
+    def route_loss(self, states, last):
         p = self.gate_probabilities(states).float()  # (B, T, L)
         reach = F.pad(torch.cumprod(1 - p, dim=-1)[..., :-1], (1, 0), value=1.0)
         E = (torch.arange(len(states), device=p.device) * p * reach).sum(dim=-1).mean()  # 8

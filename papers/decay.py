@@ -18,12 +18,12 @@ class Decaying(BitSkip):
         super().__init__(config)
         self.register_buffer('seen', torch.zeros(()))  # micro-batches: it is saved and resumed
 
-    def exit_loss(self, states, targets):
+    def early_exit_loss(self, states, idx, targets):
         c = self.config
         ahead = 1 - self.seen / (c.max_iters * c.gradient_accumulation_steps)
         if self.training:
             self.seen += 1
-        return ahead.clamp(min=0) * super().exit_loss(states, targets)
+        return ahead.clamp(min=0) * super().early_exit_loss(states, idx, targets)
 
 if __name__ == '__main__':
     run(lambda argv: main(argv, TrainSettings, Decaying))

@@ -107,7 +107,7 @@ class Heads(BitSkip):
         self.full_depth = states[-1].detach()  # the teacher
         return super().losses(idx, targets, states)
 
-    def exit_loss(self, states, targets):
+    def early_exit_loss(self, states, idx, targets):
         """A4, exit by exit, with soft targets."""
         n, targets, teacher = targets.numel(), targets.flatten(), self.full_depth.flatten(0, 1)
         shares = [torch.arange(n, device=targets.device)] * len(states)

@@ -15,6 +15,8 @@ Training evaluates all of them on the next token. papers/measures.py:exit_losses
 for the current one.
 """
 import contextlib
+import functools
+import types
 
 import torch
 import torch.nn.functional as F
@@ -25,13 +27,13 @@ from hadamard import fwht, next_pow2, pad_to_pow2
 from quant import BitLinear, activation_quant_ste, dequantize, latent_weights, straight_through
 
 class AttentionToAll(model.Attention):
-    causal = False
-
     def forward(self, x, rope, past=None):
         if past is not None:
             raise UserError('this model sees the future, so it cannot write: the tokens that it '
                             'looks at are not there yet')
-        return super().forward(x, rope)
+        attend = functools.partial(F.scaled_dot_product_attention, enable_gqa=True)
+        everything = types.SimpleNamespace(attend=attend)
+        return super().forward(x, rope, everything)
 
 class NonCausal(model.BitSkip):
     """Every token sees all others, the one that it has to predict among them."""
@@ -42,8 +44,8 @@ class NonCausal(model.BitSkip):
 class UnshiftedExits(model.BitSkip):
     """Exits learn to say the token that they have just read."""
 
-    def exit_targets(self, idx, targets):
-        return idx
+    def early_exit_loss(self, states, idx, targets):
+        return super().early_exit_loss(states, idx, idx)
 
 class Unshifted(model.BitSkip):
     """Exits and full depth do."""

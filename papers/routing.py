@@ -19,8 +19,8 @@ CLIP = 0.01  # the norm of a step's whole gradient is clipped to 1 (grad_clip)
 class Detached(BitSkip):
     Config = TrainSettings
 
-    def gate_loss(self, states, last):
-        return super().gate_loss([h.detach() for h in states], last.detach())
+    def route_loss(self, states, last):
+        return super().route_loss([h.detach() for h in states], last.detach())
 
 class ClipGradient(torch.autograd.Function):
     """h, any shape; on the way back its gradient, scaled down to the norm CLIP if it is longer."""
@@ -36,8 +36,8 @@ class ClipGradient(torch.autograd.Function):
 class Clipped(BitSkip):
     Config = TrainSettings
 
-    def gate_loss(self, states, last):
-        return super().gate_loss([ClipGradient.apply(h) for h in states], last)
+    def route_loss(self, states, last):
+        return super().route_loss([ClipGradient.apply(h) for h in states], last)
 
 VARIANTS = {'Detached': Detached, 'Clipped': Clipped}
 

@@ -127,7 +127,8 @@ def test_help_lists_every_field_with_default_and_comment(cls, capsys):
     for field in fields(cls):
         flag_and_default, comment = entries[f'--{field.name}'].split(None, 1)
         assert comment and eval(flag_and_default.split('=', 1)[1]) == field.default
-    assert "'float32', 'bfloat16']" in entries['--dtype']  # the choices
+    assert "'float32', 'bfloat16']" in ' '.join(text.split())  # the choices
+    assert max(map(len, text.splitlines()[1:])) <= 80
 
 @pytest.mark.parametrize('name', ['model', 'model:', 'model:Nothing', 'model:BitSkipConfig',
                                   'antigravity:x', '/tmp/model:BitSkip', '..model:BitSkip'])

@@ -9,7 +9,7 @@ from formulas import norm
 from torch.testing import assert_close
 
 import exits
-from exits import (Gate, LinearCrossEntropy, deal, divergence_loss, exit_loss, exit_loss_in_chunks,
+from exits import (Gate, LinearCrossEntropy, deal, divergence_loss, exit_loss,
                    exit_weights, expected_exit_layer, linear_cross_entropy, routing_loss,
                    sample_exits, skip_probabilities)
 
@@ -28,9 +28,9 @@ def loss_and_gradients(loss, inputs):
 
 @pytest.mark.parametrize('autocast', [False, True])
 @pytest.mark.parametrize('chunk', [1, 4, 100])
-def test_a4_exit_loss_and_its_twin_are_the_sum_over_exits(chunk, autocast, monkeypatch):
-    """By hand; by exit_loss, in a loop; in chunks, of which the last is smaller. With gradients.
-    Exits may have different tokens, and in chunks one may have none."""
+def test_a4_exit_loss_is_the_sum_over_exits(chunk, autocast, monkeypatch):
+    """By hand, and in chunks, of which the last is smaller. With gradients. Exits may have
+    different tokens, and one may have none."""
     monkeypatch.setattr(LinearCrossEntropy, 'CHUNK', chunk * 17 + 5)
     rows = [torch.randn(n, 8, requires_grad=True) for n in (5, 4, 0)]
     targets, weights = [torch.randint(17, (len(h),)) for h in rows], [0.5, 0.3, 0.2]
@@ -39,12 +39,10 @@ def test_a4_exit_loss_and_its_twin_are_the_sum_over_exits(chunk, autocast, monke
                   for h, target, w in zip(rows[:2], targets, weights))
     reference = loss_and_gradients(by_hand, [*rows[:2], head])
     with torch.autocast('cpu', torch.bfloat16, enabled=autocast):
-        losses = [exit_loss(rows[:2], targets, weights, head),
-                  exit_loss_in_chunks(rows, targets, weights, head)]
-    for loss in losses:
-        for a, b in zip(loss_and_gradients(loss, [*rows[:2], head]), reference):
-            assert a.dtype == torch.float32
-            assert (a - b).norm() <= (0.03 if autocast else 1e-5) * b.norm()
+        loss = exit_loss(rows, targets, weights, head)
+    for a, b in zip(loss_and_gradients(loss, [*rows[:2], head]), reference):
+        assert a.dtype == torch.float32
+        assert (a - b).norm() <= (0.03 if autocast else 1e-5) * b.norm()
 
 @pytest.mark.parametrize('frozen', ['', 'h', 'w'])
 def test_a4_cross_entropy_is_the_mean_over_tokens(frozen, monkeypatch):

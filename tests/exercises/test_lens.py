@@ -36,7 +36,7 @@ def test_tokens_leave_where_decoding_lets_them_go(model, threshold):
         seen = look(model, BYTES, chr(byte), threshold)
         for rule in EXIT_MODES:
             token, cache = torch.tensor([[byte]]), KVCache(model, 1)
-            layers = step_with_exits(model, token, cache, 2, rule, threshold)[2]
+            layers = step_with_exits(model, token, cache, 2, rule, threshold)[1]
             assert seen.leaves[rule] == layers.tolist()
 
 @pytest.mark.parametrize('layers', [1, 3, 12, 24])

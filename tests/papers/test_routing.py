@@ -13,7 +13,7 @@ def gradients(Model, tokens):
     torch.manual_seed(0)
     model = Model(BitSkipConfig(**TINY | dict(lambda_r=0.2))).eval()
     states = list(model.hidden_states(tokens(4, 12)))
-    loss = 1e4 * model.gate_loss(states[:-1], states[-1])
+    loss = 1e4 * model.route_loss(states[:-1], states[-1])
     loss.backward()
     gates = torch.cat([p.grad.flatten() for p in model.gates.parameters()]).norm()
     return gates, model.embedding.weight.grad, loss.detach()
