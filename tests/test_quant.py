@@ -188,6 +188,21 @@ def test_project_equals_each_layer_alone(kind, product, use_product):
                       for ys in (together, alone)), strict=True):
         assert_close(a, b)
 
+def test_layers_that_prepare_in_ways_of_their_own_are_not_merged():
+    """k was given what q had made of x, and its own gain no gradient."""
+    class Gain(HBitLinear):
+        def __init__(self, *args):
+            super().__init__(*args)
+            self.gain = nn.Parameter(torch.rand(self.width) + 0.5)
+
+        def prepare(self, x):
+            return super().prepare(x * self.gain)
+    q, k, x = Gain(32, 16), Gain(32, 16), torch.randn(3, 32)
+    ys = project(x, q, k)
+    assert torch.equal(ys[0], q(x)) and torch.equal(ys[1], k(x))
+    ys[1].sum().backward()
+    assert k.gain.grad.norm() > 0 and q.gain.grad is None
+
 # ---- the seam: a layer of one's own
 
 SEAM = '''

@@ -229,6 +229,12 @@ def test_what_is_impossible(make, make_model):
     with pytest.raises(ValueError, match='the cache of layers 0 to 2 holds'):
         decoder.step([4])
     decoder.step([4], exit_layer=1)
+    decoder.length = 0
+    decoder.step([1, 2, 3])
+    decoder.length = 1  # what is forgotten is forgotten in every layer
+    decoder.step([4], exit_layer=0)
+    with pytest.raises(ValueError, match=r'holds \[2, 1, 1\] tokens, not the 2'):
+        decoder.step([5])
     with pytest.raises(ValueError, match='length'):
         decoder.length = 49
     for options in (dict(isa=3), dict(isa=-1), dict(threads=-1)):
