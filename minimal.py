@@ -180,7 +180,7 @@ if __name__ == '__main__':
     train, val = (torch.tensor(text[split]) for split in ('train', 'val'))  # int64
     model = BitSkip()
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.1)
-    for step in range(steps):
+    for step in range(steps):  # rate: warm up for a tenth, stay, fall to 0 in the last third
         windows = train.unfold(0, T + 1, 1)[torch.randint(len(train) - T, (BATCH,))]  # (B, T+1)
         parts = losses(model, windows[:, :-1], windows[:, 1:])
         optimizer.zero_grad()

@@ -107,9 +107,10 @@ def show(prompt, steps, tokenizer, n_layer, show_exits):
         print(in_colour(piece, layers[-1], n_layer) if coloured else piece, end='', flush=True)
     print(text.decode(b'', final=True))
     if show_exits:
-        print('left after block: ' + ' '.join(
-            in_colour(str(layer), layer, n_layer) if coloured else f'{layer}:{layers.count(layer)}'
-            for layer in range(n_layer)))
+        counts = [f'{layer}:{layers.count(layer)}' for layer in range(n_layer)]
+        print('tokens that left after block: ' + ' '.join(
+            in_colour(count, layer, n_layer) if coloured else count
+            for layer, count in enumerate(counts)))
     if len(layers) > 1:
         speed = (len(layers) - 1) / (time.perf_counter() - started)
         mean = sum(layers) / len(layers)

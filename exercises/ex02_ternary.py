@@ -12,8 +12,8 @@ def ternary(w):
 
 
 def ternary_by_thresholds(w):
-    """B7: the same codes, by comparisons with +-alpha/2 alone. What is exactly on a threshold
-    becomes 0."""
+    """B7: w (out, in) -> the same codes (out, in), without alpha, by comparisons with +-alpha/2
+    alone. What is exactly on a threshold becomes 0."""
     raise NotImplementedError
 
 

@@ -30,7 +30,7 @@ def observe():
         fake = F.linear((x_codes * x_scale).to(dtype), (w_codes * w_scale).to(dtype)).float()
         off = (fake - y).abs() / unit
         print(f'fake quantization in {str(dtype)[6:]}: exact: {not bool(off.any())}, sums are off '
-              f'by {off.mean():.0f} on average')
+              f'by {off.mean():.1g} on average')
 
 
 if __name__ == '__main__':

@@ -9,7 +9,7 @@ def linear_cross_entropy(h, w, targets, rows):
 
     Differentiable in h and w. There are never more than `rows` * V logits at once, forward or
     backward. In particular, none wait for the backward pass: `torch.utils.checkpoint` computes them
-    again, or see exits.py."""
+    again, or compute the gradients at once, in an autograd.Function."""
     raise NotImplementedError
 
 

@@ -34,8 +34,8 @@ def observe():
                 W.mul_(alpha / W.abs().mean())
         _, losses = model(idx, targets)
         ratio = gradient_ratio(quantization_loss(matrices), losses['ce'], matrices)
-        print(f'mean |W| {alpha}: lambda_q = 0.2 adds {0.2 * ratio:.0e} to the gradient; to add a '
-              f'tenth of it, lambda_q would be {0.1 / ratio:.0e}')
+        print(f'mean |W| {alpha}: lambda_q = 0.2 adds {0.2 * ratio:.0e} of its size to the '
+              f'gradient of CE; to add a tenth, lambda_q would be {0.1 / ratio:.0e}')
 
 
 if __name__ == '__main__':

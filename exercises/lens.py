@@ -2,12 +2,12 @@
 A lens on one text: what would each exit say next, and where would each rule let a token go?
 
     python -m exercises.lens --text='def main():'             the newest run
-    python -m exercises.lens --text='Return' --out_dir=out/... --threshold=0.8 --to=slides
+    python -m exercises.lens --text='Return' --out_dir=out/... --confidence=0.8 --to=slides
 
 Prints a table, and writes lens.png and lens.html. The page needs no network; its cells open under
 the mouse. A column is a token that was read, a row is an exit, and a cell holds the likeliest next
 token there. The darker it is, the surer. A rule lets a token go at the first exit where its score
-is above the threshold:
+is above the rule's threshold:
 
     gate          p_l of A6, if it was trained
     confidence    the largest probability
@@ -30,6 +30,7 @@ from decode import EXIT_MODES, exit_score
 from prepare import get_tokenizer
 
 MOST, ON_SLIDE, TOP = 64, 24, 5  # tokens that are looked at, and drawn; guesses that are kept
+THRESHOLDS = {'gate': 0.5, 'confidence': 0.5, 'saturation': 0.98}
 RULES = {'gate': ('G', '#D55E00', 'o'), 'confidence': ('C', '#009E73', '^'),
          'saturation': ('S', '#CC79A7', 's')}  # letter, colour (safe for all eyes), marker
 
@@ -39,14 +40,14 @@ class Lens:
     """What `look` saw of T tokens at L exits. tokens: T words, and following: the T that come next
     ('' where the text ends); words, p: [layer][token] -> the likeliest next words, and their
     probabilities; scores: {rule: [layer][token]}, without the last layer; leaves: {rule: [token] ->
-    layer}."""
+    layer}; thresholds: {rule: number}."""
     tokens: list
     following: list
     words: list
     p: list
     scores: dict
     leaves: dict
-    threshold: float
+    thresholds: dict
 
     @property
     def cells(self):
@@ -55,7 +56,7 @@ class Lens:
 
 
 @torch.no_grad()
-def look(model, tokenizer, text, threshold=0.5):
+def look(model, tokenizer, text, thresholds=THRESHOLDS):
     """A Lens on the text, or on its first MOST tokens. UserError if there are none."""
     ids = list(tokenizer.encode(text))
     if not ids:
@@ -76,11 +77,11 @@ def look(model, tokenizer, text, threshold=0.5):
             scores[rule].append(exit_score(model, h, before, layer, rule)[0].tolist())
         before = h
     model.train(was_training)
-    leaves = {rule: [next((l for l in range(L - 1) if by_layer[l][t] > threshold), L - 1)
-                     for t in range(n)] for rule, by_layer in scores.items()}
+    leaves = {rule: [next((l for l in range(L - 1) if by_layer[l][t] > thresholds[rule]),
+                          L - 1) for t in range(n)] for rule, by_layer in scores.items()}
     following = [word(tokenizer, i) for i in ids[1:n + 1]] + [''] * (n + 1 - len(ids))
     read = [word(tokenizer, i) for i in ids[:n]]
-    return Lens(read, following, words, p, scores, leaves, threshold)
+    return Lens(read, following, words, p, scores, leaves, thresholds)
 
 
 def word(tokenizer, i):
@@ -135,9 +136,11 @@ def fit(text, most):
 def draw(lens, path):
     """The first ON_SLIDE tokens as a PNG."""
     from matplotlib.figure import Figure  # without pyplot: a notebook keeps its own backend
+    from matplotlib.patches import Rectangle
     T, L = min(len(lens.tokens), ON_SLIDE), len(lens.words)
     figure = Figure(figsize=(max(7, 1.8 + 0.6 * T), 2 + 0.5 * L), layout='constrained')
     axes = figure.subplots()
+    axes.grid(False)  # whatever a notebook has set
     axes.pcolormesh([[lens.p[l][t][0] for t in range(T)] for l in range(L)], cmap='Blues',
                     vmin=0, vmax=1, edgecolors='white', linewidth=1.5)
     style = dict(ha='center', va='center', parse_math=False, family='DejaVu Sans Mono')
@@ -146,11 +149,15 @@ def draw(lens, path):
             right = lens.words[layer][t][0] == lens.following[t]
             axes.text(t + 0.5, layer + 0.58, printable(lens.words[layer][t][0], 5), **style,
                       fontsize=12, weight='bold' if right else 'normal',
-                      color='white' if lens.p[layer][t][0] > 0.55 else 'black')
+                      color='white' if lens.p[layer][t][0] > 0.6 else 'black')
+            if right:
+                axes.add_patch(Rectangle((t + 0.06, layer + 0.06), 0.88, 0.88, fill=False,
+                                         edgecolor='#009E73', linewidth=2))
     for place, (rule, leaves) in enumerate(lens.leaves.items()):
-        axes.plot([t + 0.25 * (place + 1) for t in range(T)], [l + 0.2 for l in leaves[:T]],
-                  RULES[rule][2], color=RULES[rule][1], markersize=8, markeredgecolor='white',
-                  label=rule)
+        at = [(t + 0.25 * (place + 1), l + 0.2) for t, l in enumerate(leaves[:T]) if l < L - 1]
+        label, (_, colour, marker) = f'{rule} > {lens.thresholds[rule]:g}', RULES[rule]
+        axes.plot([x for x, _ in at], [y for _, y in at], marker, color=colour, markersize=8,
+                  markeredgecolor='white', label=label)
     for t in range(T):
         axes.text(t + 0.5, L + 0.35, printable(lens.following[t], 6), **style, fontsize=12)
     axes.text(-0.2, L + 0.35, 'next', ha='right', va='center', fontsize=12, color='#555555')
@@ -161,9 +168,10 @@ def draw(lens, path):
     axes.tick_params(length=0)
     axes.set_ylabel('exit after block', fontsize=13)
     axes.set_xlabel('token that was read', fontsize=13)
-    axes.set_title('The likeliest next token at each exit (bold: right; dark: sure)', fontsize=15)
+    axes.set_title('The likeliest next token at each exit (green frame: right; dark: sure)',
+                   fontsize=15)
     figure.legend(loc='outside lower center', ncols=3, frameon=False, fontsize=12,
-                  title=f'leaves here at a threshold of {lens.threshold:g}')
+                  title='a token without a mark goes through all blocks; others leave at')
     with atomic_write(path) as file:
         figure.savefig(file, format='png', dpi=150)
 
@@ -190,8 +198,8 @@ STYLE = """
 .lens td { position: relative; min-width: 2.6em; height: 2.5em; text-align: center; cursor: default;
   padding: 0 .3em; border-radius: 4px; outline-offset: 1px }
 .lens td:hover, .lens td:focus { outline: 2px solid #111 }
-.lens td.right { font-weight: bold }
-.lens .marks { position: absolute; right: 2px; bottom: 0; font: bold 10px sans-serif }
+.lens td.right { font-weight: bold; box-shadow: inset 0 0 0 3px #009E73 }
+.lens .marks { position: absolute; right: 2px; bottom: 0; font: bold 13px sans-serif }
 .lens .marks i, .lens p i { font-style: normal; font-weight: bold; color: #fff; padding: 0 3px;
   border-radius: 3px; margin-left: 1px }
 .lens .tip { display: none; position: absolute; z-index: 1; top: 105%; left: 0; width: 17em;
@@ -211,8 +219,8 @@ STYLE = """
 def page(lens):
     """One HTML page, with nothing to load."""
     L, T, say = len(lens.words), len(lens.tokens), html.escape
-    legend = ' '.join(f'<i style="background:{RULES[r][1]}">{RULES[r][0]}</i> {r}'
-                      for r in lens.leaves)
+    legend = ', '.join(f'<i style="background:{RULES[r][1]}">{RULES[r][0]}</i> {r} &gt; '
+                       f'{lens.thresholds[r]:g}' for r in lens.leaves)
     rows = ['<tr><th>next</th>' + ''.join(f'<th class="word">{say(w)}</th>' for w in lens.following)
             + '</tr>']
     for layer in reversed(range(L)):
@@ -227,8 +235,8 @@ def page(lens):
 <style>{STYLE}</style></head>
 <body><main class="lens"><h1>What would each exit say next?</h1>
 <p>A column is a token that was read, a row the exit after a block. A cell holds the likeliest next
-token there: bold if it is right, dark if it is sure. Point at a cell for the first five.<br>
-At a threshold of {lens.threshold:g} the token leaves here: {legend}</p>
+token there: framed if it is right, dark if it is sure. Point at a cell for the first five.<br>
+A token leaves where it is marked: {legend}</p>
 <table>{''.join(rows)}</table></main></body></html>
 """
 
@@ -244,21 +252,23 @@ def html_cell(lens, layer, t, left, up):
                        lens.scores.items() if layer < len(by_layer))
     kind = ' '.join(['right'] * (words[0] == lens.following[t]) + ['left'] * left + ['up'] * up)
     return (f'<td class="{kind}" tabindex="0" style="background:rgb({red},{green},{blue});color:'
-            f'{"#fff" if p[0] > 0.5 else "#111"}">{say(words[0])}<span class="marks">{marks}</span>'
+            f'{"#fff" if p[0] > 0.6 else "#111"}">{say(words[0])}<span class="marks">{marks}</span>'
             f'<div class="tip">exit {layer}, after “{say(lens.tokens[t])}”{bars}{scores}</div>'
             '</td>')
 
 
 # --------------------------------------------------------------------------------------------------
 
-def lens(model, tokenizer, text, folder, threshold=0.5):
+def lens(model, tokenizer, text, folder, thresholds=THRESHOLDS):
     """Look at the text, print the table, and write lens.png and lens.html into the folder. Returns
     the Lens. UserError if there is no text."""
-    seen = look(model, tokenizer, text, threshold)
+    seen = look(model, tokenizer, text, thresholds)
     n, given = len(seen.tokens), len(list(tokenizer.encode(text)))
     if n < given:
         print(f'the text has {given} tokens, the first {n} are looked at')
-    print('the likeliest next token at each exit, in % below; and where each rule leaves')
+    rules = ', '.join(f'{rule} > {thresholds[rule]:g}' for rule in seen.leaves)
+    print('the likeliest next token at each exit, its probability in % below it, and the exit where'
+          f'\na token leaves by {rules}')
     print('\n'.join(table(seen)))
     paths = [os.path.join(folder, f'lens.{kind}') for kind in ('png', 'html')]
     draw(seen, paths[0])
@@ -272,21 +282,24 @@ def lens(model, tokenizer, text, folder, threshold=0.5):
 class LensSettings:
     """Shows what each exit of a model says about one text."""
     text: str = 'Return the number of'  # the text to look at
-    threshold: float = 0.5  # a rule leaves where its score is above
+    gate: float = THRESHOLDS['gate']  # a token leaves where the gate's probability is above
+    confidence: float = THRESHOLDS['confidence']  # or where the largest probability is
+    saturation: float = THRESHOLDS['saturation']  # or where the cosine with the state before is
     out_dir: str = ''  # the run to look into; empty: the newest
     checkpoint: str = ''  # the file in its folder; empty: ckpt.pt, or else packed.pt
     to: str = ''  # the folder to write into; empty: the run's
     device: str = 'auto'  # auto, cpu, cuda, cuda:1, mps
 
     def __post_init__(self):
-        check(self, {'threshold': (0, 1)})
+        check(self, dict.fromkeys(THRESHOLDS, (0, 1)))
 
 
 def main(argv):
     s = configure(LensSettings, argv)
     out_dir = find_run(s.out_dir)
     model, settings = open_model(run_file(out_dir, s.checkpoint), pick_device(s.device))
-    lens(model, get_tokenizer(settings['meta']['tokenizer']), s.text, s.to or out_dir, s.threshold)
+    lens(model, get_tokenizer(settings['meta']['tokenizer']), s.text, s.to or out_dir,
+         {rule: getattr(s, rule) for rule in THRESHOLDS})
 
 
 if __name__ == '__main__':

@@ -25,9 +25,10 @@ def test_b7_has_the_same_codes(student):
 
 def test_both_agree_on_the_threshold(student):
     w, right = torch.tensor([[0.5, -0.5, 1.5, -1.5]]), torch.tensor([[0, 0, 1, -1]])  # alpha is 1
-    for codes in (student.ternary(w)[0], student.ternary_by_thresholds(w)):
-        same(codes.int(), right.int(), 'a weight that is exactly on the threshold, alpha/2, should '
-             'become 0: torch.round takes ties to the even neighbour')
+    same(student.ternary(w)[0].int(), right.int(), 'a weight that is exactly on the threshold, '
+         'alpha/2, should become 0: torch.round takes ties to the even neighbour')
+    same(student.ternary_by_thresholds(w).int(), right.int(), 'ternary_by_thresholds: a weight '
+         'exactly on the threshold becomes 0: is it > or >=?')
 
 
 def test_zeros_stay_zeros(student):
@@ -36,4 +37,5 @@ def test_zeros_stay_zeros(student):
         codes, scale = student.ternary(w)
     assert not work.nan and not codes.any() and (codes * scale == 0).all(), (
         'a matrix of zeros has W^ = 0: 0 / 0 is NaN, so alpha needs a least value')
-    assert not student.ternary_by_thresholds(w).any(), 'a matrix of zeros has codes 0'
+    assert not student.ternary_by_thresholds(w).any(), (
+        'ternary_by_thresholds: a matrix of zeros has codes 0: is it > or >=?')

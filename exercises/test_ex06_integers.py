@@ -12,9 +12,11 @@ def test_is_fake_quantization(student):
             fake = F.linear(activation_quant_ste(x, bits), dequantize(*weight_ternary(w)))
             y = student.integer_linear(x, w, bits)
             assert y.dtype == torch.float32, f'the result is {y.dtype}, it should be float32'
-            scales = activation_quant(x, bits)[1], weight_ternary(w)[1]
+            (codes, step), (signs, alpha) = activation_quant(x, bits), weight_ternary(w)
+            scales, wrapped = (step, alpha), (codes.long() @ signs.long().T).to(torch.int8)
             same(y, fake, f'not Q_{bits}(x) W^T for x of shape {shape}: does every number of bits '
                  'arrive, and is each token scaled by its own step?',
+                 (wrapped * step * alpha, 'int8 codes have int8 sums, where 127 + 1 is -128'),
                  (fake / scales[0], 'the step of each token is missing'),
                  (fake / scales[1], 'alpha is missing'),
                  (fake / scales[1] ** 2, 'divided by alpha: codes times alpha is W^'))

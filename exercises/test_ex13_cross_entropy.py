@@ -19,7 +19,12 @@ def test_value_and_gradients(student):
             h2 @ w2.T, targets)
         same(loss, right, f'not the mean over all {N} tokens, with {rows} at a time',
              (right * N, 'this is the sum over the tokens, not their mean'))
-        (3 * loss).backward()
+        try:
+            (3 * loss).backward()
+        except Exception as error:
+            raise AssertionError(f'the backward pass fails ({type(error).__name__}): does each '
+                                 'chunk get its own rows, as arguments and not by a loop variable?'
+                                 ) from None
         (3 * right).backward()
         for name, got, expected in (('h', h, h2), ('w', w, w2)):
             assert got.grad is not None, f'no gradient comes to {name}'

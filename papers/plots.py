@@ -36,7 +36,7 @@ def draw_exits(curves, path):
                           color=colour, alpha=0.2, linewidth=0)
     values = [p for seeds in curves.values() for seed in seeds for p in seed]
     wide = max(values) > 20 * min(values)
-    axes.set(xlabel='exit after block', ylabel='perplexity, test text',
+    axes.set(xlabel='exit after block', ylabel='perplexity per token of test text',
              yscale='log' if wide else 'linear')
     axes.grid(alpha=0.3, which='both')
     axes.legend(frameon=False)
@@ -99,14 +99,15 @@ def main(argv):
     if s.runs:
         path = require_suffix('--to', s.to, '.png')
         return draw_exits({folder: read_run(folder) for folder in s.runs.split(',')}, path)
-    curves = {label: [[ppl(loss) for loss in r['exits']] for r in learned(results(table, cell))]
+    first = json.loads((RESULTS / 'first_run.json').read_text(encoding='utf-8'))
+    curves = {"the first command's model": [[e['ppl'] for e in first['exits']]]}
+    curves |= {label: [[ppl(loss) for loss in r['exits']] for r in learned(results(table, cell))]
               for label, table, cell in (
                   ('joint exits (config/compose.py)', 'compute', 'joint exits'),
                   ("Paper A's recipe, fixed (H + EE)", 'A2', 'H + EE'),
                   ('no exits trained (H-only)', 'A2', 'H-only'))}
     curves = {label: seeds for label, seeds in curves.items() if seeds}
-    if curves:
-        draw_exits(curves, RESULTS / 'exits.png')
+    draw_exits(curves, RESULTS / 'exits.png')
     draw_ladder(RESULTS / 'ladder.png')
 
 if __name__ == '__main__':

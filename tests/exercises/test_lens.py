@@ -33,7 +33,7 @@ def test_a_cell_holds_what_the_exit_says(model):
 def test_tokens_leave_where_decoding_lets_them_go(model, threshold):
     """For a first token, which has none before it."""
     for byte in b'aB(':
-        seen = look(model, BYTES, chr(byte), threshold)
+        seen = look(model, BYTES, chr(byte), dict.fromkeys(EXIT_MODES, threshold))
         for rule in EXIT_MODES:
             token, cache = torch.tensor([[byte]]), KVCache(model, 1)
             layers = step_with_exits(model, token, cache, 2, rule, threshold)[1]
@@ -92,5 +92,5 @@ def test_the_command_looks_into_a_run(model, tmp_path, capsys):
     save_checkpoint(str(tmp_path / 'ckpt.pt'), {
         'model': model.state_dict(), 'settings': vars(model.config), 'progress': {},
         'meta': {'tokenizer': 'bytes', 'splits': {'val': {}}}, 'model_class': 'model:BitSkip'})
-    main([f'--out_dir={tmp_path}', '--text=ab', f'--to={tmp_path}/slides', '--threshold=0.9'])
+    main([f'--out_dir={tmp_path}', '--text=ab', f'--to={tmp_path}/slides', '--confidence=0.9'])
     assert (tmp_path / 'slides' / 'lens.png').exists() and 'conf' in capsys.readouterr().out
