@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 
 from checkpoint import load_checkpoint, open_model
-from common import atomic_write, exclusive, keep_freed_memory, say
+from common import atomic_write, exclusive, keep_freed_memory, pick_device, say
 from configurator import UserError, check, configure, run
 from eval_exits import bits_per_byte, depth_statistics, evaluate, weight_statistics, windows
 from fast.machine import commit, machine
@@ -66,7 +66,7 @@ def do(r):
     say(f'\n{r.table}: {" ".join(command)}')
     done = subprocess.run(words, stderr=subprocess.PIPE, text=True)
     result = {'command': f'python {" ".join(command)}', 'commit': COMMIT,
-              'machine': machine(torch.device('cpu')), 'seed': r.seed, 'rate': r.rate,
+              'machine': machine(pick_device('auto')), 'seed': r.seed, 'rate': r.rate,
               'date': time.strftime('%Y-%m-%d')}
     if done.returncode and 'diverged' not in done.stderr:
         raise UserError(f'{" ".join(words)} failed: {done.stderr.strip()[-200:]}')
@@ -78,7 +78,7 @@ def measure(folder):
     """What tables and plots want of a trained model: nats on the test text at every exit, by
     document at full depth, and on the validation text; what its weights are."""
     path = os.path.join(folder, 'ckpt.pt')
-    model, settings = open_model(path)
+    model, settings = open_model(path, pick_device('auto'))
     meta, tokens = data_of(settings, 'test')
     progress = load_checkpoint(os.path.join(folder, 'last.pt'))['progress']
     found = {'minutes': round(progress['seconds'] / 60, 1), 'steps': progress['iter'],

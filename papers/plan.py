@@ -9,6 +9,7 @@ The plan: every experiment as cells, each a command line. The most informative c
     heads     Paper A's recommendation: own heads, adapters, distillation
     routing   the routing loss through the blocks, and cut off from them
     B         Paper B's variants, narrow
+    scale     Paper A's own scale, as run and fixed: 86M parameters, for a GPU
 
 papers/ablate.py trains them, papers/tables.py prints what was measured. To add an experiment, add a
 table here.
@@ -84,6 +85,9 @@ def wider(cells, width, steps):
 RIVALS = {'BitLinear, no final norm': NO_EXITS['BitLinear, no final norm'],
           'joint exits': COMPOSE['joint exits']}
 HEADS = '-m papers.heads config/compose.py config/cpu.py config/cpu_long.py'
+# pydocs in GPT-2's tokens is as long as WikiText-2; an epoch has some 300 steps
+SCALE = '--dataset=pydocs --tokenizer=gpt2 --batch_size=16 --gradient_accumulation_steps=1'
+SCALE += ' --max_iters=1800 --eval_interval=300 --patience=0'
 NARROW = '--n_embd=128 --n_head=4 --n_kv_head=2 --ffn_dim=256 --gradient_accumulation_steps=1'
 
 TABLES = {
@@ -113,7 +117,15 @@ TABLES = {
         name: f'{CPU.format(config)} {NARROW} {flags}'.strip() for name, config, flags in (
             ('V1', 'tinystories_v1', ''), ('V2', 'tinystories_v2', ''),
             ('V3', 'tinystories_v3', ''), ('LayerSkip', 'layerskip', ''), ('Llama3', 'llama3', ''),
-            ('V1, phase 1', 'tinystories_v1', '--lambda_ee=0 --p_max=0'))}, 1, (2e-3,))}
+            ('V1, phase 1', 'tinystories_v1', '--lambda_ee=0 --p_max=0'))}, 1, (2e-3,)),
+    'scale': Table("Paper A's own scale", {
+        f'as run, {cell}': f'-m papers.as_run {SCALE} --schedule=wsd --decay_frac=0 {flags}'
+        for cell, flags in (('Baseline', '--linear=bitlinear'), ('H-only', '--linear=hbitlinear'),
+                            ('EE-only', f'--linear=bitlinear {EXITS}'),
+                            ('H + EE', f'--linear=hbitlinear {EXITS}'))} | {
+        f'fixed, {cell}': f'train.py config/{config}.py {SCALE}' for cell, config in (
+            ('Baseline', 'baseline'), ('H-only', 'bitskip_h'), ('EE-only', 'bitskip_ee'),
+            ('H + EE', 'bitskip_h_ee'))}, 1)}
 
 @dataclass(frozen=True)
 class Run:
