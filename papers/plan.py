@@ -3,6 +3,7 @@ The plan: every experiment as cells, each a command line. The most informative c
 
     ladder    from as run to fixed, one change a rung: what is Hadamard, what made the cliff
     compute   our exits against the best model without exits, at equal tokens and at equal time
+    twin      config/compose.py beside its twin in the shape that llama.cpp takes
     A2        the 2 x 2 of Paper A, fixed: {BitLinear, H-BitLinear} x {no exits, exits}
     length    the same comparison at four times the length
     width     and at widths 64 and 256, with equal tokens per parameter
@@ -70,9 +71,10 @@ NO_EXITS = {
     'H-BitLinear, no final norm': CPU.format('bitskip_h') + ' --exit_norm=raw'}
 COMPOSE = {
     'joint exits': CPU.format('compose'),
-    'joint exits, equal time': CPU.format('compose') + f' {EQUAL_TIME}',
-    'joint exits, as llama.cpp takes them': CPU.format('compose') + (
-        ' --linear=bitlinear --norm=rmsnorm --sub_norm=False --exit_norm=final')}
+    'joint exits, equal time': CPU.format('compose') + f' {EQUAL_TIME}'}
+SHORT = 'train.py config/compose.py config/cpu.py'
+TWIN = {'joint exits, 500 steps': SHORT,
+        'the twin': f'{SHORT} --linear=bitlinear --norm=rmsnorm --sub_norm=False --exit_norm=final'}
 
 def longer(cells, factor):
     steps = f'--max_iters={1400 * factor} --eval_interval={700 * factor}'
@@ -93,6 +95,7 @@ NARROW = '--n_embd=128 --n_head=4 --n_kv_head=2 --ffn_dim=256 --gradient_accumul
 TABLES = {
     'ladder': Table('from as run to fixed, one change a rung', ladder()),
     'compute': Table('exits against the best model without exits', NO_EXITS | COMPOSE, 5, RATES),
+    'twin': Table('config/compose.py, and its twin that llama.cpp takes', TWIN, 3),
     'A2': Table('the four cells of Paper A, fixed', {
         'Baseline': CPU.format('baseline'), 'H-only': CPU.format('bitskip_h'),
         'EE-only': CPU.format('bitskip_ee'), 'H + EE': CPU.format('bitskip_h_ee')}, 5, RATES),
