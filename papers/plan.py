@@ -72,8 +72,8 @@ NO_EXITS = {
 COMPOSE = {
     'joint exits': CPU.format('compose'),
     'joint exits, equal time': CPU.format('compose') + f' {EQUAL_TIME}'}
-SHORT = 'train.py config/compose.py config/cpu.py'
-TWIN = {'joint exits, 500 steps': SHORT,
+SHORT = 'train.py config/compose.py config/cpu.py --max_iters=300 --eval_interval=300'
+TWIN = {'joint exits, 300 steps': SHORT,
         'the twin': f'{SHORT} --linear=bitlinear --norm=rmsnorm --sub_norm=False --exit_norm=final'}
 
 def longer(cells, factor):
