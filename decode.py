@@ -39,12 +39,13 @@ class KVCache:
     def length(self, length):
         self._length, self.filled = length, [min(n, length) for n in self.filled]
 
-    def layer(self, layer, rows=slice(None)):
-        """A layer for the next tokens, of samples `rows`."""
-        if self.filled[layer] < self.length:
+    def layer(self, layer, rows=slice(None), start=None):
+        """A layer for tokens from position `start` (default: length) on, of samples `rows`."""
+        start = self.length if start is None else start
+        if self.filled[layer] < start:
             raise ValueError(f'the cache of layer {layer} holds {self.filled[layer]} tokens, not '
-                             f'the {self.length} before these')
-        return LayerCache(self.k[layer], self.v[layer], self.length, rows)
+                             f'the {start} before these')
+        return LayerCache(self.k[layer], self.v[layer], start, rows)
 
     def advance(self, n_tokens, depth):
         """The first `depth` layers have taken n_tokens more."""
@@ -56,7 +57,7 @@ class LayerCache:
 
     mask = None  # (b, 1, T, S) bool, who sees whom, for batches that are padded on the left
 
-    def __init__(self, k, v, start, rows=slice(None)):
+    def __init__(self, k, v, start, rows):
         self.k, self.v, self.start, self.rows = k, v, start, rows
 
     def attend(self, q, k, v):

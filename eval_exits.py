@@ -224,8 +224,8 @@ def main(argv):
     ternary = weight_statistics(model)
     weights = {'ternary' if ternary else 'full precision': losses[-1]}
     fast, decoder, how = model, None, 'PyTorch'
-    if s.packed and side_room('fast'):
-        fast, decoder, how = side_room('fast').quick_decoder(model)
+    if s.packed and (room := side_room('fast')):
+        fast, decoder, how = room.quick_decoder(model)
     if fast is not model:
         weights['packed'] = evaluate(fast, tokens, None, s.batch_size)[-1]
     if bit_linears(model):

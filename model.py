@@ -219,12 +219,12 @@ class BitSkip(nn.Module):
     def hidden_states(self, idx, last=None, cache=None):
         """Yield h_0 ... h_last, each (B, T, C): what each block leaves, before any norm."""
         last, T = self.require_layer(last), idx.shape[1]
-        start = cache.length if cache else 0
+        start = cache.length if cache is not None else 0
         rope, h = self.rope(start, T), self.embed(idx, start)
         for layer in range(last + 1):
-            h = self.run_block(layer, h, rope, cache.layer(layer) if cache else None)
+            h = self.run_block(layer, h, rope, cache.layer(layer) if cache is not None else None)
             yield h
-        if cache:
+        if cache is not None:
             cache.advance(T, depth=last + 1)
 
     def embed(self, idx, start=0):

@@ -50,10 +50,13 @@ class SampleSettings:
                      'seed': (0, 2 ** 62)})
         if self.prompt and self.prompt_file:
             raise ValueError('--prompt and --prompt_file both give a prompt; choose one')
-        self.early = self.exit_layer is not None or self.exit_mode != 'none'
         if self.draft_layer is not None and self.early:
             raise ValueError('--draft_layer checks each token at full depth, so it goes without '
                              '--exit_layer and --exit_mode')
+
+    @property
+    def early(self):
+        return self.exit_layer is not None or self.exit_mode != 'none'
 
 def main(argv):
     s = configure(SampleSettings, argv)

@@ -26,6 +26,7 @@ from eval_exits import evaluate
 from exits import exit_weights, skip_probabilities
 from hadamard import fwht
 from model import BitSkip, BitSkipConfig
+from papers.mistakes import UnshiftedExits
 from prepare import load_tokens, prepare
 from quant import activation_quant, dequantize, straight_through, weight_ternary
 from train import get_batch
@@ -134,13 +135,6 @@ def exits(L=12, p_max=0.7):
 
 # --------------------------------------------------------------------------------------------------
 
-class CurrentToken(BitSkip):
-    """Its exits learn to say the token that they have just read."""
-
-    def early_exit_loss(self, states, idx, targets):
-        return super().early_exit_loss(states, idx, idx)
-
-
 def train_tiny(Model, steps, layers=6):
     """PPL at each exit of a small model of its kind, on the next token."""
     torch.manual_seed(7)
@@ -178,7 +172,7 @@ def cliff(steps=300):
     curves, source = measured(), 'papers/results, table ladder'
     if curves is None:
         say(f'the ladder is not measured yet: training two small models, {steps} steps each')
-        curves = {'next': train_tiny(BitSkip, steps), 'current': train_tiny(CurrentToken, steps)}
+        curves = {'next': train_tiny(BitSkip, steps), 'current': train_tiny(UnshiftedExits, steps)}
         source = f'two models of 6 blocks, {steps} steps, one seed'
     figure, (axes,) = slide('Exits that learned the current token stand before a cliff.')
     for (name, ppl), colour, marker in zip(curves.items(), (BLUE, ORANGE), 'os'):

@@ -42,7 +42,7 @@ import torch.nn.functional as F
 from checkpoint import find_run, open_model, run_file
 from common import atomic_write, pick_device, require_suffix, synchronize
 from configurator import UserError, check, configure, run
-from decode import Decoder, LayerCache, require_sampling, sample, stream
+from decode import Decoder, require_sampling, sample, stream
 from eval_exits import table
 from fast import quick_decoder
 from prepare import data_of
@@ -98,7 +98,7 @@ class TorchDecoder(Decoder):
         start = self.length if start is None else start
         rope, cache = self.model.rope(start, h.shape[1]), self.cache
         for layer in range(first, last + 1):
-            h = self.model.blocks[layer](h, rope, LayerCache(cache.k[layer], cache.v[layer], start))
+            h = self.model.blocks[layer](h, rope, cache.layer(layer, start=start))
             cache.filled[layer] = start + h.shape[1]
         return h
 

@@ -34,7 +34,7 @@ from papers.tables import show
 from prepare import data_of, load_meta, load_tokens, prepare
 from quant import bit_linears, latent_weights
 
-# tokens of each split in Paper A's regime: an epoch, what is read every 100 steps, and at the end
+# tokens of each split in Paper A's regime: an epoch, what is read at each evaluation, and at the end
 SHORT_TEXT = {'train': EPOCH_STEPS * 8 * 64, 'val': 2 ** 15, 'test': 2 ** 16}
 COMMIT = commit()
 
@@ -81,17 +81,19 @@ def measure(folder):
     model, settings = open_model(path, pick_device('auto'))
     meta, tokens = data_of(settings, 'test')
     progress = load_checkpoint(os.path.join(folder, 'last.pt'))['progress']
+    as_run = hasattr(model.config, 'block_norm')  # papers/as_run.py
+    report = measures.report(model, tokens) if as_run else None
     found = {'minutes': round(progress['seconds'] / 60, 1), 'steps': progress['iter'],
              'val': progress['val_loss'],
-             'exits': evaluate(model, tokens, range(model.config.n_layer)),
+             'exits': report['ternary'][0] if as_run else evaluate(
+                 model, tokens, range(model.config.n_layer)),
              'documents': document_losses(model, tokens),
              'weights': weight_statistics(model), 'parameters': sum(
                  p.numel() for p in model.parameters())}
     found['bits_per_byte'] = bits_per_byte(found['exits'][-1], meta, 'test')
     found['std'], found['gates'] = depth_statistics(model, tokens)
-    if hasattr(model.config, 'block_norm'):  # papers/as_run.py
-        found['as_run'] = measures.report(model, tokens)
-        s = model.config
+    if as_run:
+        found['as_run'], s = report, model.config
         found['alpha'] = measures.decay_ratio(model, s, load_checkpoint(path)['progress']['iter'])
     elif bit_linears(model):
         with latent_weights(model):

@@ -31,7 +31,8 @@ class AttentionToAll(model.Attention):
         if past is not None:
             raise UserError('this model sees the future, so it cannot write: the tokens that it '
                             'looks at are not there yet')
-        attend = functools.partial(F.scaled_dot_product_attention, enable_gqa=True)
+        attend = functools.partial(F.scaled_dot_product_attention, enable_gqa=True,
+                                   dropout_p=self.dropout if self.training else 0.0)
         everything = types.SimpleNamespace(attend=attend)
         return super().forward(x, rope, everything)
 

@@ -16,7 +16,7 @@ from common import atomic_write, require_suffix
 from configurator import UserError, configure, run
 from papers.measures import LADDER
 from papers.plan import TABLES
-from papers.tables import learned, ppl, results
+from papers.tables import kept, learned, ppl, results
 
 RESULTS = Path(__file__).with_name('results')
 BLUE, ORANGE, GREEN, GREY = '#0072B2', '#D55E00', '#009E73', '#777777'  # colour-blind safe
@@ -99,8 +99,7 @@ def main(argv):
     if s.runs:
         path = require_suffix('--to', s.to, '.png')
         return draw_exits({folder: read_run(folder) for folder in s.runs.split(',')}, path)
-    first = json.loads((RESULTS / 'first_run.json').read_text(encoding='utf-8'))
-    curves = {"the first command's model": [[e['ppl'] for e in first['exits']]]}
+    curves = {"the first command's model": [[e['ppl'] for e in kept('first_run')['exits']]]}
     curves |= {label: [[ppl(loss) for loss in r['exits']] for r in learned(results(table, cell))]
               for label, table, cell in (
                   ('joint exits (config/compose.py)', 'compute', 'joint exits'),

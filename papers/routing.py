@@ -17,8 +17,6 @@ from train import TrainSettings, main
 CLIP = 0.01  # the norm of a step's whole gradient is clipped to 1 (grad_clip)
 
 class Detached(BitSkip):
-    Config = TrainSettings
-
     def route_loss(self, states, last):
         return super().route_loss([h.detach() for h in states], last.detach())
 
@@ -34,8 +32,6 @@ class ClipGradient(torch.autograd.Function):
         return grad * (CLIP / grad.norm().clamp(min=CLIP))
 
 class Clipped(BitSkip):
-    Config = TrainSettings
-
     def route_loss(self, states, last):
         return super().route_loss([ClipGradient.apply(h) for h in states], last)
 

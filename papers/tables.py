@@ -29,6 +29,10 @@ def results(table, label):
     done = [r.result() for r in reported_runs(table, label, len(SEEDS))]
     return [result for result in done if result]
 
+def kept(name):
+    """The dict in papers/results/NAME.json."""
+    return json.loads((PAGE.parent / 'results' / f'{name}.json').read_text(encoding='utf-8'))
+
 def learned(several):
     """Those that did not diverge."""
     return [r for r in several if 'exits' in r]
@@ -145,18 +149,15 @@ def alpha_table(table='ladder'):
 
 def dead_table():
     """RMS of the gradient in the last layer, before any training (papers/dead.py)."""
-    path = PAGE.parent / 'results' / 'dead.json'
-    found = json.loads(path.read_text(encoding='utf-8'))
     names = ('q', 'k', 'v', 'o', 'up', 'down')
     return ['cell', *names], [[cell] + [f'{rms[name][-1]:.1e}' for name in names]
-                              for cell, rms in found['gradients'].items()]
+                              for cell, rms in kept('dead')['gradients'].items()]
 
 def yardsticks_table():
     """Bits per byte of the test text by others than our models (papers/yardsticks.py)."""
-    path = PAGE.parent / 'results' / 'yardsticks.json'
-    found = json.loads(path.read_text(encoding='utf-8')) if path.exists() else {}
-    return ['yardstick', 'bits per byte'], [[name, f'{value:.3f}'] for name, value in found.items()
-                                            if type(value) is float]
+    return ['yardstick', 'bits per byte'], [
+        [name, f'{value:.3f}'] for name, value in kept('yardsticks').items()
+        if type(value) is float]
 
 MAKE = {'dead': dead_table, 'yardsticks': yardsticks_table, 'ladder': ladder_table,
         'as_run': as_run_table, 'as_run_exits': as_run_exits_table, 'alpha': alpha_table}

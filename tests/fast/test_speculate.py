@@ -94,6 +94,13 @@ def test_verification_is_causal(make_model, tokens, kind, how):
         assert torch.equal(results[-1][:t], results[0][:t])
         assert t == 6 or not torch.equal(results[-1][t], results[0][t])
 
+def test_a_cache_with_holes_is_refused_in_pytorch_too(make_model, tokens):
+    """The check of decode.KVCache was gone around: layers 1 and 2 read keys of nobody."""
+    decoder = TorchDecoder(make_model())
+    decoder.step(tokens(1, 3), exit_layer=0)
+    with pytest.raises(ValueError, match='the cache of layer 1 holds 0 tokens, not the 3 before'):
+        decoder.step(tokens(1, 1))
+
 def test_accepted_and_replaced_drafts_are_distributed_as_p():
     """And a replacement drawn from p, instead of what q leaves of it, would be noticed."""
     P = torch.tensor([[0.5, 0.3, 0.15, 0.05, 0], [0.1, 0.2, 0.3, 0.4, 0],
