@@ -99,8 +99,7 @@ def open_model(path, device='cpu'):
         if settings.get('n_layer', 0) > len(state):
             raise ValueError(f"it has no {settings['n_layer']} layers")  # do not build them first
         if checkpoint.get('packed'):
-            fast = side_room('fast', required=True)
-            model = fast.load_packed(checkpoint | {'settings': settings})
+            model = side_room('fast', True).load_packed(checkpoint | {'settings': settings})
         else:
             Model = find_class(checkpoint.get('model_class', 'model:BitSkip'), BitSkip)
             with torch.device('meta'):  # nothing is allocated before all fits

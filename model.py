@@ -100,6 +100,8 @@ def rotate(x, rope):
 class Attention(nn.Module):
     """Causal grouped-query attention with rotary positions: (B, T, C) -> (B, T, C)."""
 
+    causal = True
+
     def __init__(self, config):
         super().__init__()
         C, self.dropout = config.n_embd, config.dropout
@@ -114,7 +116,7 @@ class Attention(nn.Module):
         q, k, v = map(self.heads, project(x, self.q, self.k, self.v))  # (B, H, T, D), k and v fewer
         q, k = rotate(q, rope), rotate(k, rope)
         if past is None:
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True,
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal, enable_gqa=True,
                                                dropout_p=self.dropout if self.training else 0.0)
         else:
             y = past.attend(q, k, v)  # the same to all tokens so far (decode.py)

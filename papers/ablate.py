@@ -34,7 +34,7 @@ from papers.tables import show
 from prepare import data_of, load_meta, load_tokens, prepare
 from quant import bit_linears, latent_weights
 
-# tokens of each split in Paper A's regime: an epoch, what is read at each evaluation, and at the end
+# tokens of each split in Paper A's regime: an epoch, and what is read on the way and at the end
 SHORT_TEXT = {'train': EPOCH_STEPS * 8 * 64, 'val': 2 ** 15, 'test': 2 ** 16}
 COMMIT = commit()
 

@@ -15,8 +15,6 @@ Training evaluates all of them on the next token. papers/measures.py:exit_losses
 for the current one.
 """
 import contextlib
-import functools
-import types
 
 import torch
 import torch.nn.functional as F
@@ -27,14 +25,13 @@ from hadamard import fwht, next_pow2, pad_to_pow2
 from quant import BitLinear, activation_quant_ste, dequantize, latent_weights, straight_through
 
 class AttentionToAll(model.Attention):
+    causal = False
+
     def forward(self, x, rope, past=None):
         if past is not None:
             raise UserError('this model sees the future, so it cannot write: the tokens that it '
                             'looks at are not there yet')
-        attend = functools.partial(F.scaled_dot_product_attention, enable_gqa=True,
-                                   dropout_p=self.dropout if self.training else 0.0)
-        everything = types.SimpleNamespace(attend=attend)
-        return super().forward(x, rope, everything)
+        return super().forward(x, rope)
 
 class NonCausal(model.BitSkip):
     """Every token sees all others, the one that it has to predict among them."""
