@@ -1,3 +1,3 @@
-# Overlay on config/cpu.py: the length of the runs in papers/ (2.9M tokens).
+# Overlay on config/cpu.py: four times as long (8.2M tokens).
 #   python train.py config/bitskip_h_ee.py config/cpu.py config/cpu_long.py
-max_iters, eval_interval = 1400, 700
+max_iters, eval_interval = 4000, 1000

@@ -155,12 +155,12 @@ def measured():
     """{label: PPL at each exit, the mean over seeds} of the ladder's two rungs around the exits'
     labels, or None while they are not measured."""
     from papers.measures import LADDER
-    from papers.tables import learned, results
+    from papers.tables import on_rung
     rungs = list(LADDER)
     at = rungs.index('exits learn the next token')
     curves = {}
     for name, rung in (('next', rungs[at]), ('current', rungs[at - 1])):
-        runs = [r['exits'] for r in learned(results('ladder', f'{rung}, H + EE'))]
+        runs = [r['exits'] for r in on_rung(rung, 'H + EE')]
         if not runs:
             return None
         curves[name] = torch.tensor(runs).mean(dim=0).exp().tolist()

@@ -2,7 +2,7 @@
 Train the cells of a table (papers/plan.py), and keep what each run measures.
 
     python -m papers.ablate --table=ladder               train what is missing, then print the table
-    python -m papers.ablate --table=ladder,compute --seeds=1
+    python -m papers.ablate --table=ladder,fixed --seeds=1
 
 A run is a cell with a seed (and a rate, where rates are compared). It leaves one file,
 papers/results/TABLE/LABEL-sSEED.json, with its command, commit, machine and minutes. What is there

@@ -2,18 +2,18 @@
 The plan: every experiment as cells, each a command line. The most informative come first.
 
     ladder    from as run to fixed, one change a rung: what is Hadamard, what made the cliff
-    compute   our exits against the best model without exits, at equal tokens and at equal time
+    fixed     the 2 x 2 of Paper A, {BitLinear, H-BitLinear} x {no exits, exits}, and our exits
+              against the best model without exits, at equal tokens and at equal time
+    length    that comparison at a quarter of the length, and at four times
+    width     and at widths 32 and 128, with equal tokens per parameter
     twin      config/compose.py beside its twin in the shape that llama.cpp takes
-    A2        the 2 x 2 of Paper A, fixed: {BitLinear, H-BitLinear} x {no exits, exits}
-    length    the same comparison at four times the length
-    width     and at widths 64 and 256, with equal tokens per parameter
     heads     Paper A's recommendation: own heads, adapters, distillation
     routing   the routing loss through the blocks, and cut off from them
     B         Paper B's variants, narrow
     scale     Paper A's own scale, as run and fixed: 86M parameters, for a GPU
 
 papers/ablate.py trains them, papers/tables.py prints what was measured. To add an experiment, add a
-table here.
+table here. A command that two tables have is trained once, for the first of them.
 """
 import json
 import re
@@ -25,7 +25,7 @@ from papers.measures import LADDER
 RESULTS = Path(__file__).with_name('results')
 SEEDS = (7, 8, 9, 10, 11)
 TUNING_SEED = 6  # chooses rates, and is reported nowhere
-RATES = (2e-3, 4e-3)
+RATES = (4e-3, 8e-3)
 
 @dataclass
 class Table:
@@ -45,82 +45,78 @@ AS_RUN = ('config/cpu.py --n_embd=64 --ffn_dim=256 --n_head=2 --n_kv_head=1 --bl
 EXITS = '--lambda_ee=0.3 --p_max=0.7 --lambda_q=0.05 --lambda_r=0.2'
 
 def ladder():
-    """{'rung, column': command}: rungs pile up; Baseline and H-only climb all that touch them, the
-    cell with exits all."""
+    """{'rung, column': command}: rungs pile up; a column climbs the rungs that touch it."""
     cells, flags = {}, {}
     for rung, change in LADDER.items():
         flags |= change
         words = ' '.join(f'--{name}={value}' for name, value in flags.items())
-        touches_exits = any(name.startswith(('exit_', 'ee_', 'lambda_')) for name in change)
-        for column, linear in (('Baseline', 'bitlinear'), ('H-only', 'hbitlinear')):
-            if not touches_exits:
-                cells[f'{rung}, {column}'] = (
-                    f'-m papers.as_run {AS_RUN} --linear={linear} {words}'.strip())
-        for column, linear in (('EE-only', 'bitlinear'), ('H + EE', 'hbitlinear')):
-            if column == 'H + EE' or not change:
-                cells[f'{rung}, {column}'] = (
-                    f'-m papers.as_run {AS_RUN} --linear={linear} {EXITS} {words}'.strip())
+        of_exits = any(name.startswith(('exit_', 'ee_', 'lambda_')) for name in change)
+        of_baseline = change == {'inner_norm': 'all'}  # the layer with the transform has this norm
+        for column, exits, climbs in (
+                ('Baseline', '', not of_exits), ('H-only', '', not of_exits and not of_baseline),
+                ('EE-only', EXITS, not change), ('H + EE', EXITS, not of_baseline)):
+            if climbs:
+                linear = 'hbitlinear' if column.startswith('H') else 'bitlinear'
+                words_of = f'--linear={linear} {exits} {words}'.split()
+                cells[f'{rung}, {column}'] = ' '.join(['-m papers.as_run', AS_RUN, *words_of])
     return cells
 
-CPU = 'train.py config/{}.py config/cpu.py config/cpu_long.py'
-# A step of config/compose.py takes 1.12 times as long as one without exits: papers/README.md
-EQUAL_TIME = '--max_iters=1250 --eval_interval=625'
-NO_EXITS = {
-    'BitLinear': CPU.format('baseline'), 'H-BitLinear': CPU.format('bitskip_h'),
-    'BitLinear, no final norm': CPU.format('baseline') + ' --exit_norm=raw',
-    'H-BitLinear, no final norm': CPU.format('bitskip_h') + ' --exit_norm=raw'}
-COMPOSE = {
-    'joint exits': CPU.format('compose'),
-    'joint exits, equal time': CPU.format('compose') + f' {EQUAL_TIME}'}
-SHORT = 'train.py config/compose.py config/cpu.py --max_iters=300 --eval_interval=300'
-TWIN = {'joint exits, 300 steps': SHORT,
-        'the twin': f'{SHORT} --linear=bitlinear --norm=rmsnorm --sub_norm=False --exit_norm=final'}
-
-def longer(cells, factor):
-    steps = f'--max_iters={1400 * factor} --eval_interval={700 * factor}'
-    return {label: f'{command} {steps}' for label, command in cells.items()}
+CPU = 'train.py config/{}.py config/cpu.py'
+JOINT, JOINT_B = CPU.format('compose'), CPU.format('compose') + ' --linear=bitlinear'
+# A step with joint exits takes 1.165 times as long as one without, at this size (fast/README.md)
+EQUAL_TIME = ' --max_iters=860 --eval_interval=430'
+# Paper A's four cells; the two without exits once more without a final norm; and our recipe
+FIXED = {
+    'Baseline': CPU.format('baseline'), 'H-only': CPU.format('bitskip_h'),
+    'EE-only': CPU.format('bitskip_ee'), 'H + EE': CPU.format('bitskip_h_ee'),
+    'Baseline, no final norm': CPU.format('baseline') + ' --exit_norm=raw',
+    'H-only, no final norm': CPU.format('bitskip_h') + ' --exit_norm=raw',
+    'joint exits': JOINT_B, 'H + joint exits': JOINT,
+    'joint exits, equal time': JOINT_B + EQUAL_TIME,
+    'H + joint exits, equal time': JOINT + EQUAL_TIME}
+# the best without exits, and the rival
+RIVALS = {label: FIXED[label] for label in ('Baseline, no final norm', 'joint exits')}
+QUARTER = ' --max_iters=250 --eval_interval=250'
 
 def wider(cells, width, steps):
     flags = f'--n_embd={width} --ffn_dim={4 * width} --max_iters={steps} --eval_interval={steps}'
     return {f'{label}, width {width}': f'{command} {flags}' for label, command in cells.items()}
 
-RIVALS = {'BitLinear, no final norm': NO_EXITS['BitLinear, no final norm'],
-          'joint exits': COMPOSE['joint exits']}
-HEADS = '-m papers.heads config/compose.py config/cpu.py config/cpu_long.py'
+HEADS = '-m papers.heads config/compose.py config/cpu.py'
 # pydocs in GPT-2's tokens is as long as WikiText-2; an epoch has some 300 steps
 SCALE = '--dataset=pydocs --tokenizer=gpt2 --batch_size=16 --gradient_accumulation_steps=1'
 SCALE += ' --max_iters=1800 --eval_interval=300 --patience=0'
-NARROW = '--n_embd=128 --n_head=4 --n_kv_head=2 --ffn_dim=256 --gradient_accumulation_steps=1'
+NARROW = '--n_layer=24 --ffn_dim=128'
 
 TABLES = {
     'ladder': Table('from as run to fixed, one change a rung', ladder()),
-    'compute': Table('exits against the best model without exits', NO_EXITS | COMPOSE, 5, RATES),
-    'twin': Table('config/compose.py, and its twin that llama.cpp takes', TWIN, 3),
-    'A2': Table('the four cells of Paper A, fixed', {
-        'Baseline': CPU.format('baseline'), 'H-only': CPU.format('bitskip_h'),
-        'EE-only': CPU.format('bitskip_ee'), 'H + EE': CPU.format('bitskip_h_ee')}, 5, RATES),
-    'length': Table('four times the length', longer(RIVALS, 4), 3, RATES),
-    'width': Table('widths 64 and 256, equal tokens per parameter',
-                   wider(RIVALS, 64, 350) | wider(RIVALS, 256, 5600), 3, RATES),
+    'fixed': Table('Paper A, fixed, and our exits', FIXED, 5, RATES),
+    'twin': Table('config/compose.py, and its twin that llama.cpp takes', {
+        'H + joint exits': JOINT,
+        'the twin': JOINT_B + ' --norm=rmsnorm --sub_norm=False --exit_norm=final'}, 3, (8e-3,)),
+    'length': Table('a quarter of the length, and four times it', {
+        f'{label}, {length}': command + more for length, more in (
+            ('a quarter', QUARTER), ('the length', ''), ('four times', ' config/cpu_long.py'))
+        for label, command in RIVALS.items()}, 3, (8e-3,)),
+    'width': Table('widths 32 and 128, equal tokens per parameter',
+                   wider(RIVALS, 32, 250) | RIVALS | wider(RIVALS, 128, 4000), 3, (8e-3,)),
     'heads': Table("Paper A's recommendation", {
-        'shared head': CPU.format('compose'), 'own heads': f'{HEADS} --exit_head=own',
+        'shared head': JOINT, 'own heads': f'{HEADS} --exit_head=own',
         'adapters': f'{HEADS} --exit_head=adapter',
-        'adapters, distilled': f'{HEADS} --exit_head=adapter --distill=0.5'}, 3, (4e-3,)),
+        'adapters, distilled': f'{HEADS} --exit_head=adapter --distill=0.5'}, 3, (8e-3,)),
     'decay': Table('an exit loss that decays to zero', {
-        'joint exits': CPU.format('compose'),
-        'decaying': '-m papers.decay config/compose.py config/cpu.py '
-                    'config/cpu_long.py'}, 3, (4e-3,)),
-    'routing': Table('the routing loss', {
-        'without': CPU.format('bitskip_h') + ' --lambda_r=0'} | {
-        label: f'{module} config/bitskip_h.py config/cpu.py config/cpu_long.py --lambda_r=0.2'
+        'joint exits': JOINT_B, 'decaying': '-m papers.decay config/compose.py config/cpu.py '
+                                            '--linear=bitlinear'}, 3, (8e-3,)),
+    'routing': Table('the routing loss', {'without': CPU.format('bitskip_h')} | {
+        label: f'{module} config/bitskip_h.py config/cpu.py --lambda_r=0.2'
         for label, module in (('through the blocks', 'train.py'),
                               ('to the gates alone', '-m papers.routing Detached'),
-                              ('clipped apart', '-m papers.routing Clipped'))}, 3, (4e-3,)),
+                              ('clipped apart', '-m papers.routing Clipped'))}, 3, (8e-3,)),
     'B': Table("Paper B's variants, 24 narrow blocks, bytes", {
         name: f'{CPU.format(config)} {NARROW} {flags}'.strip() for name, config, flags in (
             ('V1', 'tinystories_v1', ''), ('V2', 'tinystories_v2', ''),
             ('V3', 'tinystories_v3', ''), ('LayerSkip', 'layerskip', ''), ('Llama3', 'llama3', ''),
-            ('V1, phase 1', 'tinystories_v1', '--lambda_ee=0 --p_max=0'))}, 1, (2e-3,)),
+            ('V1, phase 1', 'tinystories_v1', '--lambda_ee=0 --p_max=0'))}, 1, (4e-3,)),
     'scale': Table("Paper A's own scale", {
         f'as run, {cell}': f'-m papers.as_run {SCALE} --schedule=wsd --decay_frac=0 {flags}'
         for cell, flags in (('Baseline', '--linear=bitlinear'), ('H-only', '--linear=hbitlinear'),
@@ -129,6 +125,11 @@ TABLES = {
         f'fixed, {cell}': f'train.py config/{config}.py {SCALE}' for cell, config in (
             ('Baseline', 'baseline'), ('H-only', 'bitskip_h'), ('EE-only', 'bitskip_ee'),
             ('H + EE', 'bitskip_h_ee'))}, 1)}
+
+FIRST = {}  # {command: the first table and label that have it}
+for _table in TABLES:
+    for _label, _command in TABLES[_table].cells.items():
+        FIRST.setdefault(_command, (_table, _label))
 
 @dataclass(frozen=True)
 class Run:
@@ -159,9 +160,12 @@ class Run:
     def result(self):
         return json.loads(self.path.read_text(encoding='utf-8')) if self.path.exists() else None
 
+def the_run(table, label, seed, rate):
+    return Run(*FIRST[TABLES[table].cells[label]], seed, rate)
+
 def tuning_runs(table, label):
-    rates = TABLES[table].rates
-    return [Run(table, label, TUNING_SEED, rate) for rate in rates] if len(rates) > 1 else []
+    rates, label = TABLES[table].rates, label.removesuffix(', equal time')  # the rate of full time
+    return [the_run(table, label, TUNING_SEED, r) for r in rates] if len(rates) > 1 else []
 
 def best_rate(table, label):
     """The rate with the lowest validation loss; None while that is not known, or not asked."""
@@ -175,10 +179,11 @@ def reported_runs(table, label, seeds):
     rate = best_rate(table, label)
     if TABLES[table].rates and rate is None:
         return []
-    return [Run(table, label, seed, rate) for seed in SEEDS[:min(seeds, TABLES[table].seeds)]]
+    return [the_run(table, label, seed, rate) for seed in SEEDS[:min(seeds, TABLES[table].seeds)]]
 
 def all_runs(table, seeds):
     """Seed by seed, so that a table is whole early."""
     runs = [r for label in TABLES[table].cells for r in tuning_runs(table, label)]
     found = [reported_runs(table, label, seeds) for label in TABLES[table].cells]
-    return runs + [cell[i] for i in range(max(map(len, found))) for cell in found if i < len(cell)]
+    runs += [cell[i] for i in range(max(map(len, found))) for cell in found if i < len(cell)]
+    return list(dict.fromkeys(runs))

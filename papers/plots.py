@@ -15,8 +15,7 @@ from matplotlib.figure import Figure
 from common import atomic_write, require_suffix
 from configurator import UserError, configure, run
 from papers.measures import LADDER
-from papers.plan import TABLES
-from papers.tables import kept, learned, ppl, results
+from papers.tables import kept, learned, on_rung, ppl, results
 
 RESULTS = Path(__file__).with_name('results')
 BLUE, ORANGE, GREEN, GREY = '#0072B2', '#D55E00', '#009E73', '#777777'  # colour-blind safe
@@ -44,17 +43,14 @@ def draw_exits(curves, path):
 
 def draw_ladder(path):
     """PPL of Baseline and H-only, their ratio, and the last step of H + EE, rung by rung."""
-    rungs = [rung for rung in LADDER if any(
-        learned(results('ladder', f'{rung}, {c}')) for c in ('H-only', 'H + EE')
-        if f'{rung}, {c}' in TABLES['ladder'].cells)]
+    rungs = [rung for rung in LADDER if on_rung(rung, 'H-only') or on_rung(rung, 'H + EE')]
     if not rungs:
         return print('ladder: nothing is measured yet')
     figure = Figure(figsize=(9, 6), layout='constrained')
     panels = figure.subplots(3, sharex=True)
 
     def line(axes, column, colour, value):
-        found = [(i, learned(results('ladder', f'{rung}, {column}')))
-                 for i, rung in enumerate(rungs) if f'{rung}, {column}' in TABLES['ladder'].cells]
+        found = [(i, on_rung(rung, column)) for i, rung in enumerate(rungs)]
         points = [(i, [value(r) for r in several]) for i, several in found if several]
         axes.plot([i for i, _ in points], [statistics.mean(v) for _, v in points], 'o-',
                   color=colour, label=column)
@@ -64,8 +60,7 @@ def draw_ladder(path):
         line(panels[0], column, colour, lambda r: ppl(r['exits'][-1]))
     ratios = []
     for i, rung in enumerate(rungs):
-        pair = [learned(results('ladder', f'{rung}, {c}')) if f'{rung}, {c}' in
-                TABLES['ladder'].cells else [] for c in ('H-only', 'Baseline')]
+        pair = [on_rung(rung, column) for column in ('H-only', 'Baseline')]
         if all(pair):
             h, base = (statistics.mean(ppl(r['exits'][-1]) for r in side) for side in pair)
             ratios.append((i, h / base))

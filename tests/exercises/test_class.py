@@ -6,14 +6,14 @@ import papers.tables
 from test_exercises import ANSWERS, FILES, ROOT, student
 
 def test_the_ladder_is_read_beside_the_prediction(capsys, monkeypatch):
-    runs = {'as run, H + EE': [4.0, 3.0], 'inner LayerNorm in both cells, H + EE': [3.0, 2.5],
-            'phi in the FFN only, H + EE': [3.0, 2.4]}
+    runs = {'as run, H + EE': [4.0, 3.0], 'phi in the FFN only, H + EE': [3.0, 2.5],
+            'usual initial weights, H + EE': [3.0, 2.4]}
     monkeypatch.setattr(papers.tables, 'results', lambda table, cell: [
         {'exits': runs[cell]}] if cell in runs else [])
     student('ex18_nine_differences', ANSWERS['ex18_nine_differences'][0]).climb()
     told = capsys.readouterr().out
-    assert '3 of 10 rungs' in told and 'PPL    20.09   last step x2.72' in told
-    assert 'the last step most: you said "exits learn the next token", measured is "inner' in told
+    assert '4 of 10 rungs' in told and 'PPL    20.09   last step x2.72' in told
+    assert 'the last step most: you said "exits learn the next token", measured is "phi' in told
 
 def test_a_class_sees_one_line_for_what_is_not_solved_and_no_answer_for_what_is_wrong(tmp_path):
     """Two exercises: the first is not solved, in the second the labels are not shifted."""
