@@ -20,6 +20,7 @@ import math
 import os
 import statistics
 import time
+from collections import Counter
 from dataclasses import dataclass
 from typing import Literal
 
@@ -117,13 +118,12 @@ def parameter_breakdown(model):
         model = type(model)(model.config)  # a packed model has buffers in their place
     parts = {'embedding': 'token embedding', 'head': 'LM head', 'gates': 'gates',
              'attn': 'attention', 'ffn': 'FFN'}
-    quantizable, counts = {id(layer.weight) for layer in model.linears()}, {}
+    quantizable, counts = {id(layer.weight) for layer in model.linears()}, Counter()
     for name, p in model.named_parameters():
         words = name.split('.')  # as in blocks.0.attn.q.weight
-        key = (f'{parts[words[2]]} {words[3]} (quantizable)' if id(p) in quantizable else
-               parts.get(words[0], 'norms and the rest'))
-        counts[key] = counts.get(key, 0) + p.numel()
-    return counts | {'total': sum(counts.values())}
+        counts[f'{parts[words[2]]} {words[3]} (quantizable)' if id(p) in quantizable else
+               parts.get(words[0], 'norms and the rest')] += p.numel()
+    return {**counts, 'total': counts.total()}
 
 @torch.no_grad()
 def depth_statistics(model, tokens, threshold=0.5, batches=8):

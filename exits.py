@@ -38,7 +38,7 @@ def exit_loss(rows, targets, weights, head):
 def deal(n, exits, device):
     """The tokens 0 ... n-1, dealt out at random to so many exits: a list of int64 tensors. The mean
     over an exit's share is an unbiased estimate of its mean over all tokens."""
-    return torch.randperm(n).to(device).tensor_split(exits)
+    return torch.randperm(n).to(device, non_blocking=True).tensor_split(exits)
 
 def skip_probabilities(n_layer, p_max, normalize=False):
     """A5, B2: the chance p_max (l / (L-1))^2 that a sample skips block l in training: list of L
@@ -103,8 +103,8 @@ def divergence_loss(gates, states, last, read, head):
 
 def divergence(logits, full):
     """KL(p_full || p) in nats, of logits (N, V) at an exit and at full depth: (N,) float32."""
-    p, full = logits.float().log_softmax(dim=-1), full.float().log_softmax(dim=-1)
-    return (full.exp() * (full - p)).sum(dim=-1).clamp(min=0)
+    logits, full = (x.float().log_softmax(dim=-1) for x in (logits, full))
+    return F.kl_div(logits, full, reduction='none', log_target=True).sum(dim=-1).clamp(min=0)
 
 class LinearCrossEntropy(torch.autograd.Function):
     """sum_n weight_n CE(softmax(h_n W^T), target_n), with one chunk of logits at a time.
@@ -112,22 +112,24 @@ class LinearCrossEntropy(torch.autograd.Function):
     With 50,257 words and 12 exits, logits would be most of a step's memory. But a row's softmax
     needs that row only, so its gradient, softmax - target, is used up at once, in forward."""
 
-    CHUNK = 2 ** 25  # logits at a time, at most: 128 MiB in float32
-    ROWS = 2 ** 12  # and rows: what stays in the cache is quicker to go over again
+    CPU = 2 ** 11, 2 ** 25, 1  # rows and logits in a chunk, at most, for a small cache; and what
+    GPU = 2 ** 20, 2 ** 28, 64  # the vocabulary is padded to, in here, for large products (1 GiB)
 
     @staticmethod
     def forward(ctx, h, w, targets, weights, needs_h, needs_w):
-        device = h.device.type
+        device, V = h.device.type, len(w)
         autocast = torch.is_autocast_enabled(device)
         dtype = torch.get_autocast_dtype(device) if autocast else h.dtype
-        w_cast, total = w.to(dtype), torch.zeros((), device=h.device)
+        rows, logits, m = LinearCrossEntropy.CPU if device == 'cpu' else LinearCrossEntropy.GPU
+        rows = max(1, min(rows, logits // V))
+        w_cast, total = F.pad(w.to(dtype), (0, 0, 0, -V % m)), torch.zeros((), device=h.device)
         grad_h = torch.empty_like(h) if needs_h else None
-        grad_w = torch.zeros_like(w) if needs_w else None
-        rows = max(1, min(LinearCrossEntropy.ROWS, LinearCrossEntropy.CHUNK // len(w)))
+        grad_w = torch.zeros_like(w_cast, dtype=w.dtype) if needs_w else None
         for start in range(0, len(h), rows):
             chunk = slice(start, start + rows)
             h_cast, target, weight = h[chunk].to(dtype), targets[chunk, None], weights[chunk, None]
-            logits = float_product(h_cast, w_cast.t()).float()  # (rows, V)
+            logits = float_product(h_cast, w_cast.t()).float()  # (rows, V + padding)
+            logits[:, V:] = -torch.inf
             wanted = logits.gather(1, target)  # (rows, 1): the target's logit
             top = logits.amax(dim=-1, keepdim=True)
             exps = logits.sub_(top).exp_()
@@ -140,7 +142,7 @@ class LinearCrossEntropy(torch.autograd.Function):
                     grad_h[chunk] = float_product(grad, w_cast)
                 if needs_w:
                     grad_w += float_product(grad.t(), h_cast)
-        ctx.save_for_backward(grad_h, grad_w)
+        ctx.save_for_backward(grad_h, grad_w[:V] if needs_w else None)
         return total
 
     @staticmethod
@@ -152,7 +154,6 @@ def linear_cross_entropy(h, w, targets, weights=None):
     """F.cross_entropy(F.linear(h, w), targets), a float32 scalar; its logits are never held whole.
 
     h (N, C), w (V, C), targets (N,) int64; weights (N,) float32 of the tokens, default 1/N each."""
-    if weights is None:
-        weights = torch.full((len(h),), 1 / max(1, len(h)), device=h.device)
+    equal = torch.full((len(h),), 1 / max(1, len(h)), device=h.device)
     needs = [torch.is_grad_enabled() and tensor.requires_grad for tensor in (h, w)]
-    return LinearCrossEntropy.apply(h, w, targets, weights, *needs)
+    return LinearCrossEntropy.apply(h, w, targets, equal if weights is None else weights, *needs)

@@ -239,7 +239,7 @@ class BitSkip(nn.Module):
         block, p = self.blocks[layer], self.skip_probabilities[layer]
         if not self.training or p == 0 or past is not None:
             return block(h, rope, past)
-        keep = (torch.rand(len(h)) >= p).nonzero().squeeze(1).to(h.device)  # who does not skip
+        keep = (torch.rand(len(h)) >= p).nonzero().squeeze(1).to(h.device, non_blocking=True)
         if len(keep) in (0, len(h)):
             return block(h, rope) if len(keep) else h
         return h.index_copy(0, keep, block(h[keep], rope).to(h.dtype))

@@ -18,6 +18,7 @@ What differs from Paper A: A3's squared ReLU is in the FFN only (model.py), its 
 before each projection anyway, and `linear_norm` adds one inside.
 """
 import contextlib
+from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -32,8 +33,7 @@ def weight_ternary(w):
     """A1: w (out, in) floating -> codes (out, in) int8 in {-1, 0, 1}, scale () = mean|w|."""
     w = w.detach().float()
     scale = w.abs().mean().clamp(min=EPS)  # alpha
-    codes = (w / scale).round_().clamp_(-1, 1).to(torch.int8)
-    return codes, scale
+    return (w / scale).round_().clamp_(-1, 1).to(torch.int8), scale
 
 def activation_quant(x, bits=8):
     """A2: x (..., k) floating -> codes (..., k) int8 of `bits` bits, scale (..., 1) = max|x| / q.
@@ -41,7 +41,7 @@ def activation_quant(x, bits=8):
     With s = max|x| there is nothing to clip: the codes are -q ... q."""
     q = 2 ** (bits - 1) - 1
     x = x.detach().float()
-    scale = x.abs().amax(dim=-1, keepdim=True).clamp_(min=EPS) / q
+    scale = torch.maximum(x.amax(-1, True), -x.amin(-1, True)).clamp_(min=EPS) / q  # max|x| / q
     codes = (x / scale).round_().to(torch.int8)
     return codes, scale
 
@@ -230,18 +230,20 @@ def int8_support(device_type):
     """(True, how) if such a device multiplies int8 fast and exactly, else (False, why not)."""
     if device_type == 'cpu':  # without VNNI torch._int_mm is a scalar loop; floats are faster
         return (True, 'int8 products (VNNI)') if VNNI else (False, 'this CPU has no VNNI')
-    if device_type == 'cuda':
-        has = torch.cuda.get_device_capability() >= (7, 5)
-        return (True, 'int8 products (tensor cores)') if has else (False, 'this GPU has none')
-    return False, f'no int8 product on {device_type}'
+    if device_type == 'cuda' and torch.cuda.get_device_capability() >= (7, 5):
+        return True, 'int8 products (tensor cores)'
+    return False, f'no int8 products on this {device_type}'
 
+CPU = Path('/proc/cpuinfo')
 VNNI = torch.cpu._is_vnni_supported()
-ONEDNN = torch.backends.mkldnn.is_available()
+AMD = CPU.exists() and 'AuthenticAMD' in CPU.read_text()
 
 def float_product(a, b):
-    """a b: (m, k), (k, n) -> (m, n). In float32 on a CPU by oneDNN: MKL, which @ asks, has less
-    than half of its speed on AMD's processors. (torch.compile knows no way to oneDNN.)"""
-    known = a.dtype == torch.float32 and a.numel() and b.numel()
-    if ONEDNN and a.device.type == 'cpu' and known and not torch.compiler.is_compiling():
+    """a b: (m, k), (k, n) -> (m, n). In float32 on AMD's processors by oneDNN: MKL, which @ asks,
+    has less than half of its speed there. (torch.compile knows no way to oneDNN.)"""
+    if a.stride(0) == 1 and len(a) > b.shape[1]:  # a transposed factor is slow: take the smaller
+        return float_product(b.t(), a.t()).t()
+    known = AMD and a.is_cpu and a.dtype == torch.float32 and a.numel() and b.numel()
+    if known and not torch.compiler.is_compiling():
         return torch.ops.mkldnn._linear_pointwise(a, b.t(), None, 'none', [], '')
     return a @ b

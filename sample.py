@@ -50,13 +50,9 @@ class SampleSettings:
                      'seed': (0, 2 ** 62)})
         if self.prompt and self.prompt_file:
             raise ValueError('--prompt and --prompt_file both give a prompt; choose one')
-        if self.draft_layer is not None and self.early:
+        if self.draft_layer is not None and (self.exit_layer, self.exit_mode) != (None, 'none'):
             raise ValueError('--draft_layer checks each token at full depth, so it goes without '
                              '--exit_layer and --exit_mode')
-
-    @property
-    def early(self):
-        return self.exit_layer is not None or self.exit_mode != 'none'
 
 def main(argv):
     s = configure(SampleSettings, argv)
@@ -74,7 +70,8 @@ def main(argv):
     if s.packed and fast:
         model, decoder, how = fast.quick_decoder(model)
     print(f'decoding: {how}')
-    if (s.early or drafts) and not model.config.lambda_ee:
+    mode = None if s.exit_mode == 'none' else s.exit_mode
+    if (drafts or mode or s.exit_layer is not None) and not model.config.lambda_ee:
         print('note: the exits of this model were not trained (lambda_ee=0)')
     idx = torch.tensor([ids], device=device)  # (1, T)
     options = dict(temperature=s.temperature, top_k=s.top_k, decoder=decoder,
@@ -82,7 +79,6 @@ def main(argv):
     if drafts:
         options |= dict(draft_layer=s.draft_layer, draft_len=s.draft_len)
     else:
-        mode = None if s.exit_mode == 'none' else s.exit_mode
         options |= dict(exit_layer=s.exit_layer, exit_mode=mode, exit_threshold=s.exit_threshold)
     for n in range(s.num_samples):
         try:

@@ -37,7 +37,7 @@ from quant import int8_support
 LIMITS = dict.fromkeys(('batch_size', 'gradient_accumulation_steps', 'max_iters', 'eval_interval',
                         'log_interval'), (1, math.inf))
 LIMITS |= dict.fromkeys(('patience', 'learning_rate', 'min_lr', 'warmup_iters', 'weight_decay',
-                         'grad_clip', 'seed'), (0, math.inf))
+                         'grad_clip', 'seed', 'threads'), (0, math.inf))
 LIMITS |= {'beta1': (0, 0.999999), 'beta2': (0, 0.999999), 'decay_frac': (0, 1)}
 
 @dataclass
@@ -67,6 +67,7 @@ class TrainSettings(BitSkipConfig):
     device: str = 'auto'  # auto, cpu, cuda, cuda:1, mps
     dtype: Literal['auto', 'float32', 'bfloat16'] = 'auto'  # of products; auto: bfloat16 on GPUs
     compile: bool = False  # torch.compile each block
+    threads: int = 0  # of the CPU; 0: PyTorch's own number
     seed: int = 7  # of everything random
 
     def __post_init__(self):
@@ -98,7 +99,7 @@ def get_batch(tokens, batch_size, block_size, device):
     """Random windows of the text: idx and targets (B, T) int64, targets one token ahead."""
     starts = torch.randint(len(tokens) - block_size, (batch_size,)).tolist()
     windows = [torch.from_numpy(tokens[i:i + block_size + 1].astype(np.int64)) for i in starts]
-    windows = torch.stack(windows).to(device)  # (B, T + 1)
+    windows = torch.stack(windows).to(device, non_blocking=True)  # (B, T + 1)
     return windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
 
 def make_optimizer(model, s):
@@ -110,7 +111,7 @@ def make_optimizer(model, s):
     return torch.optim.AdamW(groups, lr=s.learning_rate, betas=(s.beta1, s.beta2), fused=True)
 
 def gradient(model, tokens, s, step, processes):
-    """The gradient of one step into .grad; its losses, a mean over micro-batches: dict of floats.
+    """The gradient of one step into .grad; its losses, a mean over micro-batches: dict of scalars.
     model: the BitSkip, or DDP around it."""
     micros = range(processes.rank, s.gradient_accumulation_steps, processes.world)  # our share
     total = 0
@@ -124,7 +125,7 @@ def gradient(model, tokens, s, step, processes):
             (losses['total'] / len(micros)).backward()
         total = total + torch.stack([loss.detach() for loss in losses.values()])
     total = processes.sum(total) / s.gradient_accumulation_steps
-    return dict(zip(losses, total.tolist()))
+    return dict(zip(losses, total))
 
 def loop(s, model, optimizer, progress, data, processes):
     """Steps and evaluations to the end: True. Ctrl-C saves after the step under way: False."""
@@ -146,7 +147,7 @@ def loop(s, model, optimizer, progress, data, processes):
                 bar.set_description_str('evaluating')
                 with autocast(processes.device, s.dtype):
                     loss = evaluate(model, val_tokens, None, s.batch_size, processes)[-1]
-                require_finite(s, f'step {done}: the validation loss is {loss}', loss)
+                require_finite(s, f'step {done}: validation loss', loss)
                 better = loss < progress['val_loss']
                 progress |= {'last_eval': done, 'val_loss': min(loss, progress['val_loss']),
                              'bad_evals': 0 if better else progress['bad_evals'] + 1}
@@ -165,17 +166,17 @@ def loop(s, model, optimizer, progress, data, processes):
             model.train()
             optimizer.zero_grad(set_to_none=True)
             losses = gradient(module, train_tokens, s, done, processes)
-            norm = clip_grad_norm_(model.parameters(), s.grad_clip or math.inf).item()
-            require_finite(s, f'step {done}: the loss is {losses["total"]}, its gradient {norm}',
-                           losses['total'], norm)
+            losses['grad_norm'] = clip_grad_norm_(model.parameters(), s.grad_clip or math.inf)
+            losses = dict(zip(losses, torch.stack([*losses.values()]).tolist()))  # a GPU waits once
+            require_finite(s, f'step {done}: loss, gradient', losses['total'], losses['grad_norm'])
             for group in optimizer.param_groups:
                 group['lr'] = get_lr(done, s)
             optimizer.step()
             speed = tokens_per_step / (time.perf_counter() - started)
             progress |= {'iter': done + 1, 'seconds': time.perf_counter() - clock}
             if main_process and progress['iter'] % s.log_interval == 0:
-                log(s, iter=done + 1, **losses, lr=get_lr(done, s), grad_norm=norm,
-                    tok_per_s=speed, seconds=progress['seconds'])
+                log(s, iter=done + 1, **losses, lr=get_lr(done, s), tok_per_s=speed,
+                    seconds=progress['seconds'])
             bar.set_description_str(f'loss {losses["ce"]:.3f} {speed / 1000:.1f}k tok/s', False)
             bar.update()
     bar.close()
@@ -185,6 +186,7 @@ def loop(s, model, optimizer, progress, data, processes):
 
 def train(s, saved, Model):
     """The run that these settings describe, from scratch or from a checkpoint. As `main`."""
+    torch.set_num_threads(s.threads or torch.get_num_threads())
     processes = Processes(pick_device(s.device))
     s.dtype = pick_dtype(s.dtype, processes.device)  # a resumed run keeps the choice
     if s.gradient_accumulation_steps % processes.world:
@@ -274,8 +276,7 @@ def resume(model, optimizer, saved, s, is_main):
 def read_settings(argv, Settings):
     """(settings, None), or (settings, checkpoint) where the run builds on another. To resume, the
     run's own settings hold; config files only name its folder, and flags come on top."""
-    values, saved = collect(Settings, argv), None
-    configs = configs_of(Settings, argv)
+    values, configs, saved = collect(Settings, argv), configs_of(Settings, argv), None
     name = '-'.join(os.path.basename(c).removesuffix('.py') for c in configs) or 'bitskip'
     out_dir = os.path.normpath(values['out_dir'] or os.path.join('out', name))
     init_from = values['init_from']
@@ -302,7 +303,7 @@ def load_data(s, saved):
 def require_finite(s, found, *numbers):
     if not all(map(math.isfinite, numbers)):
         kept = os.path.exists(path(s, 'last.pt'))
-        raise UserError(f'{found}: training has diverged; '
+        raise UserError(f'{found} = {", ".join(map(str, numbers))}: training has diverged; '
                        f'{path(s, "last.pt") + " is whole" if kept else "nothing is saved"}; try a '
                        f'lower --learning_rate than {s.learning_rate:g} or a longer --warmup_iters')
 

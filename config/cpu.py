@@ -10,3 +10,4 @@ gradient_accumulation_steps = 1
 max_iters, eval_interval = 1000, 500
 learning_rate = 8e-3
 ee_positions = 'all'  # exits read a head of 256 words
+threads = 1  # a second one brings nothing at this size

@@ -1,11 +1,15 @@
 """The same on a GPU: python -m pytest -m cuda. Without one, the tests try themselves on the CPU."""
+import contextlib
+
 import pytest
 import torch
 from conftest import TINY, all_exits, flags, text_folder
+from torch.nn.utils import clip_grad_norm_
 from torch.testing import assert_close
 
 import train
 from checkpoint import load_checkpoint
+from common import Processes
 from decode import EXIT_MODES, KVCache
 from fast.packed import to_ternary
 from fast.speculate import speculate
@@ -52,6 +56,35 @@ def test_losses_and_gradients_are_those_of_a_cpu(device, dtype, compiled, settin
     for name, grad in found[0][1].items():
         other = found[1][1][name].cpu()
         assert (other - grad).norm() <= (0.02 if close < 0.01 else 0.5) * grad.norm(), name
+
+@pytest.mark.parametrize('settings', [RECIPE, GATES, dict(linear='fp')], ids=str)
+def test_no_step_waits_for_the_gpu(device, settings, monkeypatch):
+    """Forward and backward launch, and ask for no number; what the CPU has drawn is sent without
+    waiting. Without a GPU: on the meta device, where there are no numbers to ask for."""
+    s = train.TrainSettings(**TINY | settings | dict(p_max=0.5, batch_size=4))
+    text, model = torch.arange(500).numpy().astype('uint16') % s.vocab_size, BitSkip(s)
+    if device == 'cuda':
+        processes = Processes(torch.device('cuda'))
+        train.gradient(model.cuda(), text, s, 0, processes)  # what is made once
+        torch.cuda.set_sync_debug_mode('error')
+    else:
+        processes, to = Processes(torch.device('meta')), torch.Tensor.to
+
+        def sent(x, *args, **options):
+            y = to(x, *args, **options)
+            assert y.device == x.device or options['non_blocking']
+            return y
+        monkeypatch.setattr(torch.Tensor, 'to', sent)
+        monkeypatch.setattr(torch, 'is_autocast_enabled', lambda kind: False)  # knows no meta
+        monkeypatch.setattr(train, 'autocast', lambda *_: contextlib.nullcontext())
+        model = model.to_empty(device='meta')
+    try:
+        losses = train.gradient(model, text, s, 1, processes)
+        clip_grad_norm_(model.parameters(), 1.0)
+    finally:
+        if device == 'cuda':
+            torch.cuda.set_sync_debug_mode('default')
+    assert losses['total'].shape == () and all(p.grad is not None for p in model.head.parameters())
 
 @pytest.mark.parametrize('packed', [False, True])
 def test_a_cache_changes_nothing_and_nothing_sees_the_future(device, make_model, tokens, packed):

@@ -93,7 +93,7 @@ def rows_a1(w):
 def machine(request, monkeypatch):
     """One that multiplies in this way, whatever the one below is."""
     monkeypatch.setattr(quant, 'VNNI', 'integer' in request.param)
-    monkeypatch.setattr(quant, 'ONEDNN', request.param == 'integer')
+    monkeypatch.setattr(quant, 'AMD', request.param == 'integer')
     return request.param
 
 def run_product(x, w, quantize, bits, g):
@@ -139,7 +139,7 @@ def test_integers_serve_where_the_machine_and_the_shapes_allow(monkeypatch):
     for vnni in (True, False):
         monkeypatch.setattr(quant, 'VNNI', vnni)
         assert int8_support('cpu')[0] == vnni and 'VNNI' in int8_support('cpu')[1]
-    assert int8_support('mps') == (False, 'no int8 product on mps')
+    assert int8_support('mps') == (False, 'no int8 products on this mps')
     monkeypatch.setattr(quant, 'int8_support', lambda device_type: (True, ''))
 
     def serve(device, rows, out, k, *scale):
