@@ -14,9 +14,11 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch
-
 from common import atomic_write, autocast, keep_freed_memory, require_suffix
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
 from configurator import UserError, configure, run
 from decode import Decoder
 from exits import skip_probabilities
@@ -39,6 +41,7 @@ PAPER_B = dict(n_layer=24, n_embd=2048, n_head=32, n_kv_head=8, ffn_dim=4096, ff
 SMALL = dict(batch_size=16, n_layer=6, n_embd=256, n_head=4, n_kv_head=2, ffn_dim=1024,
              vocab_size=256, block_size=256)
 TINY = SMALL | dict(batch_size=2)
+WIDE = dict(n_embd=128, ffn_dim=512, n_head=4, n_kv_head=2)  # over config/cpu.py
 
 # --------------------------------------------------------------------------------------------------
 # cases: functions that build something and return what is to be timed
@@ -61,6 +64,45 @@ def training(shape, dtype='float32', **changes):
         with autocast(torch.device('cpu'), dtype):
             _, losses = model(idx, idx, return_logits=False)
         losses['total'].backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+    return step
+
+class GPT2(nn.Module):
+    """What training is compared with: GPT-2 as nanoGPT has it, in few lines. idx, targets (B, T)
+    int64 -> the loss, a scalar."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.tokens, self.positions = (nn.Embedding(n, c.n_embd) for n in (c.vocab_size,
+                                                                           c.block_size))
+        self.n_head, self.norm = c.n_head, nn.LayerNorm(c.n_embd)
+        self.blocks = nn.ModuleList(nn.ModuleDict({
+            'norm1': nn.LayerNorm(c.n_embd), 'qkv': nn.Linear(c.n_embd, 3 * c.n_embd),
+            'o': nn.Linear(c.n_embd, c.n_embd), 'norm2': nn.LayerNorm(c.n_embd),
+            'ffn': nn.Sequential(nn.Linear(c.n_embd, c.ffn_dim), nn.GELU(),
+                                 nn.Linear(c.ffn_dim, c.n_embd))}) for _ in range(c.n_layer))
+
+    def forward(self, idx, targets):
+        h = self.tokens(idx) + self.positions.weight[:idx.shape[1]]
+        for block in self.blocks:
+            qkv = block['qkv'](block['norm1'](h)).unflatten(-1, (3 * self.n_head, -1))
+            q, k, v = qkv.transpose(1, 2).chunk(3, dim=1)  # (B, n_head, T, D) each
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            h = h + block['o'](y.transpose(1, 2).flatten(2))
+            h = h + block['ffn'](block['norm2'](h))
+        logits = F.linear(self.norm(h), self.tokens.weight)  # tied
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+def training_gpt2(shape):
+    """A step of it, as `training`."""
+    model = GPT2(BitSkipConfig.of(shape))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+    idx = torch.randint(shape['vocab_size'], (shape['batch_size'], shape['block_size']))
+
+    def step():
+        optimizer.zero_grad(set_to_none=True)
+        model(idx, idx).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
     return step
@@ -117,12 +159,22 @@ def cases(figure, rounds, function, shape, **settings):
     """A benchmark: its figure, and what to build for each of its cases."""
     return figure, rounds, {case: (function, shape, changes) for case, changes in settings.items()}
 
+def against_gpt2(config, **changes):
+    """A recipe at 12 blocks of width 128, and GPT-2 of that shape."""
+    shape = recipe(config, 'cpu') | WIDE
+    return speedup, 15, {'ours': (training, shape, changes), 'GPT-2': (training_gpt2, shape, {})}
+
 FP, PACKED, NATIVE = dict(linear='fp'), dict(how='packed'), dict(how='native', n_tokens=48)
 BENCHMARKS = {
     f'train, {name}, {dtype}': cases(ratio, rounds, training, shape, ternary=dict(dtype=dtype),
                                      fp=FP | dict(dtype=dtype))
     for name, shape, rounds in (('86M', PAPER_A, 3), ('small', SMALL, 7))
     for dtype in ('float32', 'bfloat16')}
+BENCHMARKS |= {f'train, 12 x 128, {name}, against GPT-2': against_gpt2(config, **changes)
+               for name, config, changes in (
+                   ('full precision', 'baseline', FP), ('BitLinear', 'baseline', {}),
+                   ('H', 'bitskip_h', {}), ('H + EE', 'bitskip_h_ee', {}),
+                   ('compose', 'compose', {}))}
 BENCHMARKS |= {
     'train, 86M, Hadamard': cases(ratio, 3, training, PAPER_A,
                                   hbitlinear=dict(linear='hbitlinear'), bitlinear={}),
@@ -131,8 +183,11 @@ BENCHMARKS |= {
     'train, 86M, layer skipping': cases(
         skipped_share, 9, training, PAPER_A, skipping=dict(p_max=0.7), full={},
         one_block=dict(n_layer=1)),
-    'train, 2.3M, compose': cases(ratio, 45, training, recipe('compose', 'cpu'), compose={},
+    'train, 0.6M, compose': cases(ratio, 45, training, recipe('compose', 'cpu'), compose={},
                                   H_only=recipe('bitskip_h', 'cpu')),
+    'train, 0.6M, compose, BitLinear': cases(
+        ratio, 45, training, recipe('compose', 'cpu'), compose=dict(linear='bitlinear'),
+        baseline=recipe('baseline', 'cpu')),
     'decode, 86M, packed': cases(speedup, 7, generation, PAPER_A, packed=PACKED, fp=FP),
     'decode, 86M, native': cases(speedup, 7, generation, PAPER_A, native=NATIVE,
                                  fp=FP | dict(n_tokens=48)),

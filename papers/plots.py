@@ -97,9 +97,9 @@ def main(argv):
     curves = {"the first command's model": [[e['ppl'] for e in kept('first_run')['exits']]]}
     curves |= {label: [[ppl(loss) for loss in r['exits']] for r in learned(results(table, cell))]
               for label, table, cell in (
-                  ('joint exits (config/compose.py)', 'compute', 'joint exits'),
-                  ("Paper A's recipe, fixed (H + EE)", 'A2', 'H + EE'),
-                  ('no exits trained (H-only)', 'A2', 'H-only'))}
+                  ('joint exits (config/compose.py)', 'fixed', 'H + joint exits'),
+                  ("Paper A's recipe, fixed (H + EE)", 'fixed', 'H + EE'),
+                  ('no exits trained (H-only)', 'fixed', 'H-only'))}
     curves = {label: seeds for label, seeds in curves.items() if seeds}
     draw_exits(curves, RESULTS / 'exits.png')
     draw_ladder(RESULTS / 'ladder.png')

@@ -20,7 +20,7 @@ import numpy as np
 from common import atomic_write
 from configurator import UserError, configure, run
 from papers.measures import LADDER
-from papers.plan import SEEDS, TABLES, reported_runs
+from papers.plan import FIXED, SEEDS, TABLES, reported_runs, tuning_runs
 
 PAGE = Path(__file__).with_name('README.md')
 
@@ -165,8 +165,20 @@ def yardsticks_table():
         [name, f'{value:.3f}'] for name, value in kept('yardsticks').items()
         if type(value) is float]
 
+def exits_table():
+    """Joint exits over the best model without exits, which is chosen on validation text."""
+    tuned = {label: [run.result() for run in tuning_runs('fixed', label)] for label in FIXED}
+    found = {label: min(r['val'] for r in runs) for label, runs in tuned.items()
+             if all(runs) and 'exits' not in label and 'EE' not in label}
+    best = min(found, key=found.get, default=None)
+    base = learned(results('fixed', best)) if best else []
+    rows = [[label, ratio(learned(results('fixed', label)), base)] for label in FIXED
+            if 'joint' in label]
+    return ['cell', f'PPL × that of "{best}"'], rows if base else []
+
 MAKE = {'dead': dead_table, 'yardsticks': yardsticks_table, 'ladder': ladder_table,
-        'as_run': as_run_table, 'as_run_exits': as_run_exits_table, 'alpha': alpha_table}
+        'as_run': as_run_table, 'as_run_exits': as_run_exits_table, 'alpha': alpha_table,
+        'exits': exits_table}
 NAMES = (*MAKE, *[table for table in TABLES if table != 'ladder'])
 
 def make(name):
