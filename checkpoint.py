@@ -14,8 +14,7 @@ from common import atomic_write, say
 import torch
 from torch.utils._pytree import tree_map_only
 
-from configurator import UserError, find_class, is_out_of_memory
-from decode import side_room
+from configurator import UserError, find_class, is_out_of_memory, side_room
 from model import BitSkip
 
 PROGRESS = {'iter': 0, 'last_eval': 0, 'bad_evals': 0, 'log_size': 0, 'val_loss': 0.0,

@@ -140,7 +140,8 @@ class Processes:
         return tensor
 
     def any(self, flag):  # whether it is true in one of them, the same on each
-        return self.sum(torch.tensor(float(bool(flag)), device=self.device)).item() > 0
+        where = self.device if self.world > 1 else 'cpu'  # alone, no GPU is asked
+        return self.sum(torch.tensor(float(bool(flag)), device=where)).item() > 0
 
     def close(self):  # stop the threads that exchange tensors, before Python ends
         if self.world > 1:

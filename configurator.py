@@ -10,6 +10,7 @@ Its own names start with an underscore. Flags come on top, wherever they stand.
 import ast
 import contextlib
 import difflib
+import importlib
 import inspect
 import os
 import pkgutil
@@ -141,3 +142,12 @@ def find_class(name, base):
     except Exception as error:
         raise ValueError(f"'{name}' is no module:Class of this folder: {error}") from error
     return found
+
+def side_room(name, required=False):
+    """The module `name` of a side room, fast say, or None where its folder is gone (UserError if it
+    is required). This is the one way from the core to a side room."""
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError:
+        if required:
+            raise UserError(f'this needs {name}, whose folder is not here') from None

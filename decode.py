@@ -10,12 +10,8 @@ block above, and nothing else ("state propagation", CALM, Schuster et al., 2022)
     exit_mode = 'confidence'    at the first l whose likeliest token has more probability (CALM)
     exit_mode = 'saturation'    at the first l with cos(h_l, h_{l-1}) > threshold: little changed
 """
-import importlib
-
 import torch
 import torch.nn.functional as F
-
-from configurator import UserError
 
 EXIT_MODES = ('gate', 'confidence', 'saturation')
 
@@ -74,7 +70,7 @@ class LayerCache:
         """Only keep them; returns S."""
         stop = self.start + k.shape[2]
         for old, new in ((self.k, k), (self.v, v)):
-            if len(old[self.rows]) != len(new):
+            if len(old[self.rows, :0]) != len(new):  # (:0 copies nothing)
                 raise ValueError(f'{len(new)} samples do not fit a cache for {len(old[self.rows])}')
             old[self.rows, :, self.start:stop] = new.to(old.dtype)
         return stop
@@ -157,7 +153,7 @@ def stream(model, idx, max_new_tokens, temperature=1.0, top_k=None, exit_layer=N
             for _ in range(max_new_tokens):
                 if decoder.length + new.shape[1] > block_size:
                     decoder.length, new = 0, context[:, -max(1, block_size // 2):]
-                mode = exit_mode if decoder.length else None
+                mode = exit_mode if decoder.length else None  # a prompt runs in full, always
                 logits, layer = decoder.step(new, 1, exit_layer, mode, exit_threshold)
                 new = sample(logits, temperature, top_k, generator)
                 context = torch.cat((context, new), dim=1)[:, -block_size:]
@@ -196,12 +192,3 @@ def exit_score(model, h, before, layer, mode):
         return F.cosine_similarity(h.float(), before.float(), dim=-1).clamp(max=1)
     logits = model.head(model.exit_state(h, layer)).float()
     return F.softmax(logits, dim=-1).amax(dim=-1)  # CALM
-
-def side_room(name, required=False):
-    """The module `name` of a side room, fast say, or None where its folder is gone (UserError if it
-    is required). This is the one way from the core to a side room."""
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError:
-        if required:
-            raise UserError(f'this needs {name}, whose folder is not here') from None

@@ -31,8 +31,8 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from configurator import check, configure, run
-from decode import side_room, stream
+from configurator import check, configure, run, side_room
+from decode import stream
 from exits import expected_exit_layer
 from prepare import data_of, get_tokenizer
 from quant import bit_linears, latent_weights

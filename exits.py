@@ -11,11 +11,13 @@ Block l of L leaves a hidden state h_l. Any of them can be read out: logits_l = 
 What differs from the authors' code: every exit learns the *next* token, where theirs learn the
 current one. The probability of never having left belongs to the last layer, where theirs drops it.
 """
+import itertools
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from quant import float_product
+from quant import float_product, straight_through
 
 def exit_weights(n_layer, weighting):
     """w_l of the exits 0 ... L-2, sum 1: (L-1,) float32. 'early': w_l ~ L - l (A4); 'late':
@@ -33,7 +35,8 @@ def exit_loss(rows, targets, weights, head):
     token_weights = [torch.full((len(h),), w / max(1, len(h)), device=h.device)
                      for h, w in zip(rows, weights)]
     rows, targets = torch.cat(rows), torch.cat(targets)
-    return linear_cross_entropy(rows, head, targets, torch.cat(token_weights))
+    needs = [torch.is_grad_enabled() and tensor.requires_grad for tensor in (rows, head)]
+    return LinearCrossEntropy.apply(rows, head, targets, torch.cat(token_weights), *needs)
 
 def deal(n, exits, device):
     """The tokens 0 ... n-1, dealt out at random to so many exits: a list of int64 tensors. The mean
@@ -70,15 +73,15 @@ class Gate(nn.Module):
 
 def sample_exits(p):
     """A6 in training: z ~ Bernoulli(p) in {0, 1}, straight-through: dz/dp := 1. Same shape as p."""
-    return (torch.rand_like(p) < p).to(p.dtype) + (p - p.detach())
+    return straight_through(p, torch.rand_like(p) < p)
 
 def expected_exit_layer(p):
     """A9: E, the mean layer that a token leaves at: p (..., L-1) -> (...).
 
     p_l is the chance to leave at layer l once reached; who has not left by then leaves at L-1.
     E is linear in each p_l, so on independent samples z ~ p its mean is E(p)."""
-    past = torch.cumprod(1 - p, dim=-1)  # (..., L-1): the chance to leave at none of 0 ... l
-    return past.sum(dim=-1)  # sum_l l P(leave at l) = sum_{l >= 0} P(get past l)
+    past = itertools.accumulate((1 - p).unbind(dim=-1), torch.mul)  # leave at none of 0 ... l
+    return sum(past)  # sum_l l P(leave at l) = sum_{l >= 0} P(get past l)
 
 def routing_loss(p, target_exit):
     """A9: (E - l*)^2, a scalar, of p (B, T, L-1). E is a mean over tokens ("on average")."""
@@ -87,14 +90,14 @@ def routing_loss(p, target_exit):
 def divergence_loss(gates, states, last, read, head):
     """Not in the papers: gates that foresee what leaving costs. A scalar; only gates learn from it.
 
-    p stands for e^-D, where D foresees KL(p_full || p_exit): a token leaves where D < -log(tau).
-    D - KL log D is least for D = E KL. states: L-1 of (B, T, C); last (B, T, C): what the head
-    reads at full depth; read(h, layer): what it reads at an exit. Each gate has its tokens."""
+    A gate's p is read as e^-D. D should foresee KL(full depth || exit), and a token leaves where
+    D < -log(tau). The mean of D - KL log D is least where D is the expected KL. states: L-1 of
+    (B, T, C); last (B, T, C): what the head reads at full depth; read(h, layer): at an exit."""
     losses = []
     shares = deal(last[..., 0].numel(), len(states), last.device)
     for layer, (gate, h, share) in enumerate(zip(gates, states, shares)):
         h, full = h.detach().flatten(0, 1)[share], last.detach().flatten(0, 1)[share]
-        with torch.no_grad():  # rows whose logits are there at a time: 512
+        with torch.no_grad():  # 512 rows of logits at a time
             kl = torch.cat([divergence(head(read(rows, layer)), head(there))
                             for rows, there in zip(h.split(512), full.split(512))])
         D = -gate(h).clamp(1e-6, 1 - 1e-6).log()
@@ -107,21 +110,22 @@ def divergence(logits, full):
     return F.kl_div(logits, full, reduction='none', log_target=True).sum(dim=-1).clamp(min=0)
 
 class LinearCrossEntropy(torch.autograd.Function):
-    """sum_n weight_n CE(softmax(h_n W^T), target_n), with one chunk of logits at a time.
+    """sum_n weight_n CE(softmax(h_n W^T), target_n), with one chunk of logits at a time: h (N, C),
+    w (V, C), targets (N,) int64, weights (N,) float32; whether h and w need a gradient.
 
     With 50,257 words and 12 exits, logits would be most of a step's memory. But a row's softmax
     needs that row only, so its gradient, softmax - target, is used up at once, in forward."""
 
-    CPU = 2 ** 11, 2 ** 25, 1  # rows and logits in a chunk, at most, for a small cache; and what
-    GPU = 2 ** 20, 2 ** 28, 64  # the vocabulary is padded to, in here, for large products (1 GiB)
+    # at most so many rows and logits in a chunk; the vocabulary padded to a multiple of the last
+    CPU, GPU = (2 ** 11, 2 ** 25, 1), (2 ** 20, 2 ** 28, 64)
 
     @staticmethod
     def forward(ctx, h, w, targets, weights, needs_h, needs_w):
         device, V = h.device.type, len(w)
         autocast = torch.is_autocast_enabled(device)
         dtype = torch.get_autocast_dtype(device) if autocast else h.dtype
-        rows, logits, m = LinearCrossEntropy.CPU if device == 'cpu' else LinearCrossEntropy.GPU
-        rows = max(1, min(rows, logits // V))
+        most_rows, most_logits, m = LinearCrossEntropy.CPU if h.is_cpu else LinearCrossEntropy.GPU
+        rows = max(1, min(most_rows, most_logits // V))
         w_cast, total = F.pad(w.to(dtype), (0, 0, 0, -V % m)), torch.zeros((), device=h.device)
         grad_h = torch.empty_like(h) if needs_h else None
         grad_w = torch.zeros_like(w_cast, dtype=w.dtype) if needs_w else None
@@ -129,7 +133,7 @@ class LinearCrossEntropy(torch.autograd.Function):
             chunk = slice(start, start + rows)
             h_cast, target, weight = h[chunk].to(dtype), targets[chunk, None], weights[chunk, None]
             logits = float_product(h_cast, w_cast.t()).float()  # (rows, V + padding)
-            logits[:, V:] = -torch.inf
+            logits[:, V:] = -torch.inf  # the padding
             wanted = logits.gather(1, target)  # (rows, 1): the target's logit
             top = logits.amax(dim=-1, keepdim=True)
             exps = logits.sub_(top).exp_()
@@ -149,11 +153,3 @@ class LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx, grad_total):
         grads = [None if grad is None else grad * grad_total for grad in ctx.saved_tensors]
         return *grads, None, None, None, None
-
-def linear_cross_entropy(h, w, targets, weights=None):
-    """F.cross_entropy(F.linear(h, w), targets), a float32 scalar; its logits are never held whole.
-
-    h (N, C), w (V, C), targets (N,) int64; weights (N,) float32 of the tokens, default 1/N each."""
-    equal = torch.full((len(h),), 1 / max(1, len(h)), device=h.device)
-    needs = [torch.is_grad_enabled() and tensor.requires_grad for tensor in (h, w)]
-    return LinearCrossEntropy.apply(h, w, targets, equal if weights is None else weights, *needs)

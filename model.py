@@ -24,8 +24,8 @@ import torch.nn.functional as F
 
 import decode
 from configurator import check
-from exits import (Gate, deal, divergence_loss, exit_loss, exit_weights, linear_cross_entropy,
-                   routing_loss, sample_exits, skip_probabilities)
+from exits import (Gate, deal, divergence_loss, exit_loss, exit_weights, routing_loss,
+                   sample_exits, skip_probabilities)
 from quant import linear_class, project, quantization_loss
 
 LIMITS = {name: (1, 2 ** 20) for name in (  # least and most
@@ -50,13 +50,13 @@ class BitSkipConfig:
     linear: str = 'bitlinear'  # projections: fp, bitlinear, hbitlinear, or your own as module:Class
     act_bits: int = 8  # bits of an activation: 8, or 4 (Paper B's V2)
     linear_norm: Literal['none', 'layernorm', 'rmsnorm'] = 'none'  # one more norm inside BitLinear
-    hadamard_layers: Literal['all', 'o,down'] = 'all'  # where hbitlinear transforms; or BitNet v2's
+    hadamard_layers: Literal['all', 'o,down'] = 'all'  # 'o,down': only there, as in BitNet v2
     rope_theta: float = 10000.0  # base of the rotary frequencies
     dropout: float = 0.0  # on attention weights and residual branches
     lambda_ee: float = 0.0  # weight of the early-exit loss (A7); 0.3 where exits are trained
     ee_weighting: Literal['early', 'late', 'uniform'] = 'early'  # A4, B6, or all the same
-    ee_positions: Literal['all', 'sampled'] = 'all'  # sampled: each learns from 1/(L-1) of them
-    exit_norm: Literal['final', 'none', 'raw'] = 'final'  # none: exits read h_l; raw: all depths
+    ee_positions: Literal['all', 'sampled'] = 'all'  # sampled: each has 1/(L-1) of the tokens
+    exit_norm: Literal['final', 'none', 'raw'] = 'final'  # none: exits go without; raw: all do
     p_max: float = 0.0  # layer skipping (A5): the largest probability; Paper A 0.7, Paper B 0.5
     skip_normalize: bool = False  # scale them to sum 1, whatever p_max is (Paper B, section 3.3)
     lambda_q: float = 0.0  # weight of the quantization loss (A8); 0.05 where exits are trained
@@ -100,7 +100,7 @@ def rotate(x, rope):
 class Attention(nn.Module):
     """Causal grouped-query attention with rotary positions: (B, T, C) -> (B, T, C)."""
 
-    causal = True
+    causal = True  # papers/mistakes.py asks what happens without
 
     def __init__(self, config):
         super().__init__()
@@ -178,7 +178,7 @@ class BitSkip(nn.Module):
 
     Config, Block = BitSkipConfig, Block  # a variant may have its own
     decay_all = False  # weight decay on matrices only
-    new_parts = ('gates.',)  # what a finished model need not have (train.py:start_from)
+    new_parts = ('gates.',)  # what --init_from=out/... may lack: it starts anew
 
     def __init__(self, config):
         super().__init__()
@@ -199,8 +199,8 @@ class BitSkip(nn.Module):
         number of such writes (GPT-2), so that the stream keeps its scale at any depth."""
         for name, parameter in self.named_parameters():
             if parameter.dim() == 2:
-                into_residual = name.endswith(('attn.o.weight', 'ffn.down.weight'))
-                parameter.normal_(std=0.02 / (2 * self.config.n_layer) ** (0.5 * into_residual))
+                adds = name.endswith(('attn.o.weight', 'ffn.down.weight'))
+                parameter.normal_(std=0.02 / math.sqrt(2 * self.config.n_layer if adds else 1))
 
     def forward(self, idx, targets=None, exit_layer=None, cache=None, return_logits=True):
         """Next-token logits (B, T, V) at an exit and, given targets, the losses of A7, else None.
@@ -216,7 +216,7 @@ class BitSkip(nn.Module):
         states[-1] = self.exit_state(states[-1], last)
         if targets is not None:
             losses = self.losses(idx, targets, states[-1:] if exit_layer is not None else states)
-        return self.head(states[-1]) if return_logits else None, losses
+        return (self.head(states[-1]) if return_logits else None), losses
 
     def hidden_states(self, idx, last=None, cache=None):
         """Yield h_0 ... h_last, each (B, T, C): what each block leaves, before any norm."""
@@ -267,7 +267,7 @@ class BitSkip(nn.Module):
 
         states: h_0 ... h_{L-2} (B, T, C), and what the head reads at the last layer."""
         config, h, earlier = self.config, states[-1], states[:-1]
-        ce = linear_cross_entropy(h.flatten(0, 1), self.head.weight, targets.flatten())
+        ce = exit_loss([h.flatten(0, 1)], [targets.flatten()], [1.0], self.head.weight)
         ee = quant = route = torch.zeros((), device=h.device)
         if earlier and config.lambda_ee:
             ee = self.early_exit_loss(earlier, idx, targets)  # A4

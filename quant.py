@@ -42,8 +42,7 @@ def activation_quant(x, bits=8):
     q = 2 ** (bits - 1) - 1
     x = x.detach().float()
     scale = torch.maximum(x.amax(-1, True), -x.amin(-1, True)).clamp_(min=EPS) / q  # max|x| / q
-    codes = (x / scale).round_().to(torch.int8)
-    return codes, scale
+    return (x / scale).round_().to(torch.int8), scale
 
 def dequantize(codes, scale):
     """codes * scale: W^ (out, in) float32. The scale is one a matrix (), one a row (out, 1), or one
@@ -194,15 +193,14 @@ def unpack_ternary(packed, k):
 class IntegerLinear(torch.autograd.Function):
     """F.linear(x^, W^) as one int8 product with int32 sums, scaled at the end.
 
-    Arguments as ternary_linear; one scale a matrix () or a row (out, 1). Backward finds int8 kept,
-    a quarter of the memory of floats."""
+    Arguments as ternary_linear; one scale a matrix () or a row (out, 1). Only int8
+    codes are kept for backward: a quarter of the memory."""
 
     @staticmethod
     def forward(ctx, x, weight, codes, scale, bits):
         device = x.device.type
         autocast = torch.is_autocast_enabled(device)
         ctx.dtype = torch.get_autocast_dtype(device) if autocast else x.dtype
-        ctx.x_dtype = x.dtype
         x_codes, x_scale = activation_quant(x.reshape(-1, x.shape[-1]), bits)  # (N, in), (N, 1)
         ctx.save_for_backward(x_codes, x_scale, codes, scale)
         y = torch._int_mm(x_codes, codes.t()).float().mul_(x_scale * scale.reshape(1, -1))
@@ -214,8 +212,8 @@ class IntegerLinear(torch.autograd.Function):
         g = grad_y.reshape(-1, grad_y.shape[-1]).to(ctx.dtype)  # (N, out)
         grad_x = float_product(g, codes.to(ctx.dtype).mul_(scale))  # dL/dx = dL/dy W^
         grad_w = float_product(g.t(), x_codes.to(ctx.dtype).mul_(x_scale))  # dL/dW = dL/dy^T x^
-        grad_x = grad_x.to(ctx.x_dtype).reshape(*grad_y.shape[:-1], x_codes.shape[-1])
-        return grad_x, grad_w.float(), None, None, None
+        grad_x = grad_x.reshape(*grad_y.shape[:-1], x_codes.shape[-1])
+        return grad_x, grad_w, None, None, None  # autograd gives them the inputs' dtypes
 
 def integers_serve(x, codes, scale):
     """Whether IntegerLinear serves here: one scale a matrix or a row, and shapes and a machine that
@@ -241,7 +239,7 @@ AMD = CPU.exists() and 'AuthenticAMD' in CPU.read_text()
 def float_product(a, b):
     """a b: (m, k), (k, n) -> (m, n). In float32 on AMD's processors by oneDNN: MKL, which @ asks,
     has less than half of its speed there. (torch.compile knows no way to oneDNN.)"""
-    if a.stride(0) == 1 and len(a) > b.shape[1]:  # a transposed factor is slow: take the smaller
+    if a.stride(0) == 1 and len(a) > b.shape[1]:  # = (b' a')': transpose the smaller
         return float_product(b.t(), a.t()).t()
     known = AMD and a.is_cpu and a.dtype == torch.float32 and a.numel() and b.numel()
     if known and not torch.compiler.is_compiling():

@@ -18,8 +18,8 @@ from checkpoint import find_run, open_model, run_file
 from common import pick_device, read_text_strict
 import torch
 
-from configurator import UserError, check, configure, run
-from decode import side_room, stream
+from configurator import UserError, check, configure, run, side_room
+from decode import stream
 from prepare import get_tokenizer
 
 RAMP = (19, 25, 31, 37, 36, 71, 107, 143, 179, 208, 202, 196)  # terminal colours, early to late

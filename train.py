@@ -58,7 +58,7 @@ class TrainSettings(BitSkipConfig):
     learning_rate: float = 6e-4  # the peak
     min_lr: float = 0.0  # at the end
     warmup_iters: int = 100  # steps of linear warm-up, but at most a tenth of max_iters
-    schedule: Literal['wsd', 'linear', 'cosine'] = 'wsd'  # warm-up, then stable, then decay; or ...
+    schedule: Literal['wsd', 'linear', 'cosine'] = 'wsd'  # wsd: warm up, stay, decay
     decay_frac: float = 0.2  # share of all steps that wsd decays over
     weight_decay: float = 0.1  # on matrices only
     beta1: float = 0.9  # AdamW
@@ -118,8 +118,8 @@ def gradient(model, tokens, s, step, processes):
     for micro in micros:
         seed_microbatch(s.seed, step, micro)
         idx, targets = get_batch(tokens, s.batch_size, s.block_size, processes.device)
-        alone = processes.world == 1 or micro == micros[-1]  # DDP exchanges gradients once a step
-        with nullcontext() if alone else model.no_sync():
+        exchange = processes.world == 1 or micro == micros[-1]  # DDP does so once a step
+        with nullcontext() if exchange else model.no_sync():
             with autocast(processes.device, s.dtype):
                 _, losses = model(idx, targets, return_logits=False)
             (losses['total'] / len(micros)).backward()
@@ -130,8 +130,7 @@ def gradient(model, tokens, s, step, processes):
 def loop(s, model, optimizer, progress, data, processes):
     """Steps and evaluations to the end: True. Ctrl-C saves after the step under way: False."""
     meta, train_tokens, val_tokens = data
-    main_process, finished = processes.is_main, False
-    module = model
+    main_process, module = processes.is_main, model
     if processes.world > 1:  # (a block that all samples skip has no gradient: find_unused)
         module = DistributedDataParallel(model, find_unused_parameters=True)
     bar = tqdm(total=s.max_iters, initial=progress['iter'], disable=None if main_process else True,
@@ -167,7 +166,7 @@ def loop(s, model, optimizer, progress, data, processes):
             optimizer.zero_grad(set_to_none=True)
             losses = gradient(module, train_tokens, s, done, processes)
             losses['grad_norm'] = clip_grad_norm_(model.parameters(), s.grad_clip or math.inf)
-            losses = dict(zip(losses, torch.stack([*losses.values()]).tolist()))  # a GPU waits once
+            losses = dict(zip(losses, torch.stack([*losses.values()]).tolist()))  # a GPU is waited for
             require_finite(s, f'step {done}: loss, gradient', losses['total'], losses['grad_norm'])
             for group in optimizer.param_groups:
                 group['lr'] = get_lr(done, s)
@@ -230,7 +229,7 @@ def save(name, model, s, meta, progress, optimizer=None):
     progress['log_size'] = os.path.getsize(path(s, 'log.jsonl'))
     state = {'model': model.state_dict(), 'model_class': class_name(type(model)),
              'settings': asdict(s), 'meta': meta, 'progress': dict(progress)}
-    state |= {'optimizer': optimizer.state_dict()} if optimizer else {}
+    state |= {'optimizer': optimizer.state_dict()} if optimizer is not None else {}
     save_checkpoint(path(s, name), state)
 
 def log(s, **metrics):
@@ -258,13 +257,11 @@ def start_from(model, saved, s):
 def resume(model, optimizer, saved, s, is_main):
     """Take over what `save` wrote, to go on from it bit-exactly; returns its progress."""
     try:
+        if (name := saved.get('model_class', 'model:BitSkip')) != class_name(type(model)):
+            raise ValueError(f'it is a {name}')
         model.load_state_dict(saved['model'])
         groups = optimizer.state_dict()['param_groups']  # rate, decay and betas are the settings'
         optimizer.load_state_dict({'state': saved['optimizer']['state'], 'param_groups': groups})
-        for p, state in optimizer.state.items():
-            shapes = {name: moment.shape for name, moment in state.items()}
-            if shapes != {'step': (), 'exp_avg': p.shape, 'exp_avg_sq': p.shape}:
-                raise ValueError('its optimizer is for other parameters')
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         why = ' '.join(str(error).split())[:120]
         raise UserError(f'{path(s, "last.pt")} does not fit these settings ({why})') from None
@@ -327,8 +324,8 @@ def main(argv, Settings=TrainSettings, Model=BitSkip):
     s, saved = read_settings(argv, Settings)
     if s.n_embd >= 512 and pick_device(s.device).type == 'cpu':
         say('a model of this size trains for days on a CPU; add config/cpu.py to train for minutes')
-    alone = os.environ.get('RANK', '0') == '0'
-    with exclusive(s.out_dir, wait=False) if alone else nullcontext(True) as mine:
+    is_main = os.environ.get('RANK', '0') == '0'
+    with exclusive(s.out_dir, wait=False) if is_main else nullcontext(True) as mine:
         if not mine:
             raise UserError(f'{s.out_dir} is being trained by another process; wait until it ends, '
                             'or name another folder: --out_dir=...')

@@ -1,6 +1,6 @@
 """
-The side room of speed. The core asks it for a quick decoder (decode.side_room). Where this folder
-is gone, the core goes on in plain PyTorch. Nothing is imported before it is needed.
+The side room of speed. The core asks it for a quick decoder (configurator.side_room). Where this
+folder is gone, the core goes on in plain PyTorch. Nothing is imported before it is needed.
 """
 
 def load_packed(checkpoint):

@@ -31,7 +31,7 @@ import torch
 import torch.nn.functional as F
 
 from common import atomic_write
-from decode import EXIT_MODES, require_exits
+from decode import require_exits
 from fast.packed import Int8Head, to_ternary
 from quant import BitLinear, HBitLinear
 
@@ -189,7 +189,7 @@ CDraft = structure(
     (real, 'temperature confidence'), (integer, 'n'))
 NORMS = {'none': 0, 'layernorm': 1, 'rmsnorm': 2}
 ACTIVATIONS = {None: 0, 'relu2': 1, 'swiglu': 2}
-EXIT_NUMBERS = {mode: i for i, mode in enumerate((None, *EXIT_MODES))}  # native.c: FULL, GATE, ...
+EXIT_NUMBERS = {None: 0, 'gate': 1, 'confidence': 2, 'saturation': 3}  # native.c: FULL, GATE, ...
 
 class Decoder:
     """A packed model, and the key-value cache of one text: the twin of decode.Decoder.
@@ -364,6 +364,8 @@ class Decoder:
         self.require_room(start, T, first, last)
         if not 0 <= n_logits <= T:
             raise ValueError(f'n_logits is 0 to {T}, the number of these tokens, got {n_logits}')
+        if exit_mode not in EXIT_NUMBERS:
+            raise ValueError(f'native.c knows no exit_mode={exit_mode!r}; --packed=False does')
         states = torch.zeros(1, T, -(-c.n_embd // 16) * 16)
         logits = torch.empty(max(1, n_logits), c.vocab_size)
         ids = None if tokens is None else (ctypes.c_int64 * T)(*tokens)

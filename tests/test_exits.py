@@ -10,7 +10,7 @@ from torch.testing import assert_close
 
 import exits
 from exits import (Gate, LinearCrossEntropy, deal, divergence_loss, exit_loss,
-                   exit_weights, expected_exit_layer, linear_cross_entropy, routing_loss,
+                   exit_weights, expected_exit_layer, routing_loss,
                    sample_exits, skip_probabilities)
 
 # ---- A4, B6
@@ -51,14 +51,14 @@ def test_a4_cross_entropy_is_the_mean_over_tokens(frozen, padding, monkeypatch):
     monkeypatch.setattr(LinearCrossEntropy, 'CPU', (4, 4096, padding))
     h, w = (torch.randn(n, 8, requires_grad=name != frozen) for name, n in (('h', 10), ('w', 17)))
     targets, learned = torch.randint(17, (10,)), [x for x in (h, w) if x.requires_grad]
-    for a, b in zip(loss_and_gradients(linear_cross_entropy(h, w, targets), learned),
+    for a, b in zip(loss_and_gradients(exit_loss([h], [targets], [1.0], w), learned),
                     loss_and_gradients(F.cross_entropy(h @ w.T, targets), learned)):
         assert_close(a, b)
 
 def test_a4_cross_entropy_survives_large_logits():
     h, w = torch.eye(3) * 1000, torch.eye(3)
-    assert linear_cross_entropy(h, w, torch.arange(3)) == 0
-    assert linear_cross_entropy(h, w, torch.tensor([1, 2, 0])) == 1000
+    assert exit_loss([h], [torch.arange(3)], [1.0], w) == 0
+    assert exit_loss([h], [torch.tensor([1, 2, 0])], [1.0], w) == 1000
 
 def test_a4_deal_gives_each_token_to_one_exit_without_bias(monkeypatch):
     """Over all 120 ways to deal five tokens to two exits, the mean of each exit is the mean of all.
