@@ -5,6 +5,7 @@ The plan: every experiment as cells, each a command line. The most informative c
     fixed     the 2 x 2 of Paper A, {BitLinear, H-BitLinear} x {no exits, exits}, and our exits
               against the best model without exits, at equal tokens and at equal time
     length    that comparison at a quarter of the length, and at four times
+    rates     three rates for three of the cells, to choose one for all
     width     and at widths 32 and 128, with equal tokens per parameter
     twin      config/compose.py beside its twin in the shape that llama.cpp takes
     heads     Paper A's recommendation: own heads, adapters, distillation
@@ -25,7 +26,7 @@ from papers.measures import LADDER
 RESULTS = Path(__file__).with_name('results')
 SEEDS = (7, 8, 9, 10, 11)
 TUNING_SEED = 6  # chooses rates, and is reported nowhere
-RATES = (4e-3, 8e-3)
+RATE = 8e-3  # of all below but the ladder and Paper B: table "rates"
 
 @dataclass
 class Table:
@@ -90,28 +91,31 @@ NARROW = '--n_layer=24 --ffn_dim=128'
 
 TABLES = {
     'ladder': Table('from as run to fixed, one change a rung', ladder()),
-    'fixed': Table('Paper A, fixed, and our exits', FIXED, 5, RATES),
+    'fixed': Table('Paper A, fixed, and our exits', FIXED, 5, (RATE,)),
+    'rates': Table('which rate: validation text, and a seed that is reported nowhere else', {
+        label: FIXED[label] for label in ('Baseline', 'H-only', 'EE-only')}, 0,
+        (RATE / 2, RATE, 2 * RATE)),
     'twin': Table('config/compose.py, and its twin that llama.cpp takes', {
         'H + joint exits': JOINT,
-        'the twin': JOINT_B + ' --norm=rmsnorm --sub_norm=False --exit_norm=final'}, 3, (8e-3,)),
+        'the twin': JOINT_B + ' --norm=rmsnorm --sub_norm=False --exit_norm=final'}, 3, (RATE,)),
     'length': Table('a quarter of the length, and four times it', {
         f'{label}, {length}': command + more for length, more in (
             ('a quarter', QUARTER), ('the length', ''), ('four times', ' config/cpu_long.py'))
-        for label, command in RIVALS.items()}, 3, (8e-3,)),
+        for label, command in RIVALS.items()}, 3, (RATE,)),
     'width': Table('widths 32 and 128, equal tokens per parameter',
-                   wider(RIVALS, 32, 250) | RIVALS | wider(RIVALS, 128, 4000), 3, (8e-3,)),
+                   wider(RIVALS, 32, 250) | RIVALS | wider(RIVALS, 128, 4000), 3, (RATE,)),
     'heads': Table("Paper A's recommendation", {
         'shared head': JOINT, 'own heads': f'{HEADS} --exit_head=own',
         'adapters': f'{HEADS} --exit_head=adapter',
-        'adapters, distilled': f'{HEADS} --exit_head=adapter --distill=0.5'}, 3, (8e-3,)),
+        'adapters, distilled': f'{HEADS} --exit_head=adapter --distill=0.5'}, 3, (RATE,)),
     'decay': Table('an exit loss that decays to zero', {
         'joint exits': JOINT_B, 'decaying': '-m papers.decay config/compose.py config/cpu.py '
-                                            '--linear=bitlinear'}, 3, (8e-3,)),
+                                            '--linear=bitlinear'}, 3, (RATE,)),
     'routing': Table('the routing loss', {'without': CPU.format('bitskip_h')} | {
         label: f'{module} config/bitskip_h.py config/cpu.py --lambda_r=0.2'
         for label, module in (('through the blocks', 'train.py'),
                               ('to the gates alone', '-m papers.routing Detached'),
-                              ('clipped apart', '-m papers.routing Clipped'))}, 3, (8e-3,)),
+                              ('clipped apart', '-m papers.routing Clipped'))}, 3, (RATE,)),
     'B': Table("Paper B's variants, 24 narrow blocks, bytes", {
         name: f'{CPU.format(config)} {NARROW} {flags}'.strip() for name, config, flags in (
             ('V1', 'tinystories_v1', ''), ('V2', 'tinystories_v2', ''),
@@ -164,7 +168,7 @@ def the_run(table, label, seed, rate):
     return Run(*FIRST[TABLES[table].cells[label]], seed, rate)
 
 def tuning_runs(table, label):
-    rates, label = TABLES[table].rates, label.removesuffix(', equal time')  # the rate of full time
+    rates = TABLES[table].rates
     return [the_run(table, label, TUNING_SEED, r) for r in rates] if len(rates) > 1 else []
 
 def best_rate(table, label):

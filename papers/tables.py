@@ -167,19 +167,27 @@ def yardsticks_table():
 
 def exits_table():
     """Joint exits over the best model without exits, which is chosen on validation text."""
-    tuned = {label: [run.result() for run in tuning_runs('fixed', label)] for label in FIXED}
-    found = {label: min(r['val'] for r in runs) for label, runs in tuned.items()
-             if all(runs) and 'exits' not in label and 'EE' not in label}
-    best = min(found, key=found.get, default=None)
-    base = learned(results('fixed', best)) if best else []
-    rows = [[label, ratio(learned(results('fixed', label)), base)] for label in FIXED
+    runs = {label: learned(results('fixed', label)) for label in FIXED}
+    val = {label: statistics.mean(r['val'] for r in several) for label, several in runs.items()
+           if several and 'exits' not in label and 'EE' not in label}
+    best = min(val, key=val.get, default=None)
+    base = runs.get(best, [])
+    rows = [[label, len(several), ratio(several, base)] for label, several in runs.items()
             if 'joint' in label]
-    return ['cell', f'PPL × that of "{best}"'], rows if base else []
+    return ['cell', 'seeds', f'PPL × that of "{best}"'], rows if base else []
+
+def rates_table():
+    """PPL of the validation text, by rate."""
+    cells = {label: [run.result() for run in tuning_runs('rates', label)]
+             for label in TABLES['rates'].cells}
+    return ['cell', *[f'rate {rate:g}' for rate in TABLES['rates'].rates]], [
+        [label, *[number(ppl(r['val'])) for r in several]] for label, several in cells.items()
+        if all(several)]
 
 MAKE = {'dead': dead_table, 'yardsticks': yardsticks_table, 'ladder': ladder_table,
         'as_run': as_run_table, 'as_run_exits': as_run_exits_table, 'alpha': alpha_table,
-        'exits': exits_table}
-NAMES = (*MAKE, *[table for table in TABLES if table != 'ladder'])
+        'exits': exits_table, 'rates': rates_table}
+NAMES = (*MAKE, *[table for table in TABLES if table not in MAKE])
 
 def make(name):
     return MAKE[name]() if name in MAKE else cells_table(name)
