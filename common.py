@@ -37,10 +37,10 @@ def synchronize(device):  # before a clock is read
     if device.type != 'cpu':
         torch.accelerator.synchronize(device)
 
-def can_compile():
+def can_compile(device):
     """Whether torch.compile works here. It needs a C++ compiler and the headers of Python."""
     try:
-        torch.compile(torch.sin)(torch.zeros(8))
+        torch.compile(torch.sin)(torch.zeros(8, device=device))
         return True
     except Exception as error:  # each part of it has errors of its own
         why = ' '.join(str(error).split())[:150]

@@ -93,13 +93,12 @@ def divergence_loss(gates, states, last, read, head):
     A gate's p is read as e^-D. D should foresee KL(full depth || exit), and a token leaves where
     D < -log(tau). The mean of D - KL log D is least where D is the expected KL. states: L-1 of
     (B, T, C); last (B, T, C): what the head reads at full depth; read(h, layer): at an exit."""
-    losses = []
-    shares = deal(last[..., 0].numel(), len(states), last.device)
+    losses, n = [], last[..., 0].numel()
+    shares = deal(n, max(len(states), n // 256), last.device)  # a gate has its own tokens: 256
     for layer, (gate, h, share) in enumerate(zip(gates, states, shares)):
         h, full = h.detach().flatten(0, 1)[share], last.detach().flatten(0, 1)[share]
-        with torch.no_grad():  # 512 rows of logits at a time
-            kl = torch.cat([divergence(head(read(rows, layer)), head(there))
-                            for rows, there in zip(h.split(512), full.split(512))])
+        with torch.no_grad():
+            kl = divergence(head(read(h, layer)), head(full))
         D = -gate(h).clamp(1e-6, 1 - 1e-6).log()
         losses.append((D - kl * D.log()).sum() / max(1, len(share)))
     return torch.stack(losses).mean()

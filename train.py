@@ -166,7 +166,7 @@ def loop(s, model, optimizer, progress, data, processes):
             optimizer.zero_grad(set_to_none=True)
             losses = gradient(module, train_tokens, s, done, processes)
             losses['grad_norm'] = clip_grad_norm_(model.parameters(), s.grad_clip or math.inf)
-            losses = dict(zip(losses, torch.stack([*losses.values()]).tolist()))  # a GPU is waited for
+            losses = dict(zip(losses, torch.stack([*losses.values()]).tolist()))  # waits for a GPU
             require_finite(s, f'step {done}: loss, gradient', losses['total'], losses['grad_norm'])
             for group in optimizer.param_groups:
                 group['lr'] = get_lr(done, s)
@@ -207,7 +207,7 @@ def train(s, saved, Model):
             start_from(model, saved, s)
         if processes.is_main:
             start(s, meta)
-    if s.compile and can_compile():
+    if s.compile and can_compile(processes.device):
         for block in model.blocks:
             block.compile()
     every, ternary = sum(p.numel() for p in model.parameters()), model.quantizable_parameters()

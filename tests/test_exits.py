@@ -145,3 +145,10 @@ def test_divergence_loss_is_least_where_the_gate_knows_the_divergence(monkeypatc
     least = loss(1)
     assert torch.autograd.grad(least, step)[0].abs().max() < 1e-5
     assert loss(0.7) > least < loss(1.4)
+
+def test_a_gate_has_so_many_tokens_that_two_heads_are_no_burden():
+    """Two gates learn from 256 of 4,096 tokens each: heads read 1,024 rows, not 8,192."""
+    states, last = [torch.randn(4, 1024, 8) for _ in range(2)], torch.randn(4, 1024, 8)
+    gates, read = [Gate(8, 4), Gate(8, 4)], []
+    divergence_loss(gates, states, last, lambda h, layer: h, lambda h: read.append(len(h)) or h)
+    assert read == [256] * 4

@@ -182,7 +182,7 @@ def test_a_compiled_run_has_the_same_losses(text, monkeypatch):
     from them takes minutes.)"""
     compile_, counters = torch.nn.Module.compile, torch._dynamo.utils.counters
     monkeypatch.setattr(torch.nn.Module, 'compile', lambda m: compile_(m, backend='aot_eager'))
-    monkeypatch.setattr(train, 'can_compile', lambda: True)
+    monkeypatch.setattr(train, 'can_compile', lambda device: True)
     settings = dict(n_layer=2, max_iters=2, eval_interval=2, gradient_accumulation_steps=1)
     train.main(flags(**settings))
     train.main(flags(compile=True, out_dir='out/compiled', **settings))

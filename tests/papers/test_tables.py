@@ -39,6 +39,7 @@ def made_up(seed, shift):
 def folder(monkeypatch, tmp_path):
     """Results of the table fixed: H-only is exp(-0.1) of Baseline, EE-only has diverged."""
     monkeypatch.setattr(plan, 'RESULTS', tmp_path)
+    monkeypatch.setattr(TABLES['fixed'], 'rates', (4e-3, 8e-3))
     for label, shift in (('Baseline', 0.0), ('H-only', -0.1), ('EE-only', None)):
         for rate in (4e-3, 8e-3):
             run = plan.Run('fixed', label, TUNING_SEED, rate)
@@ -59,6 +60,19 @@ def test_a_table_has_the_best_rate_the_ratio_and_its_interval(folder):
     assert low < ratio < high and abs(ratio - math.exp(-0.1)) < 0.02
     assert high - low < 0.05 and high < 1
     assert h[7].startswith('2.718')  # half of the blocks: one nat more
+
+def test_exits_are_measured_against_the_best_without_on_validation_text(folder):
+    """H-only has the lower loss there; joint exits are not there yet."""
+    header, rows = tables.make('exits')
+    assert header[-1] == 'PPL × that of "H-only"' and {row[2] for row in rows} == {'-'}
+    path = plan.Run('fixed', 'joint exits', SEEDS[0], 4e-3).path
+    path.write_text(json.dumps(made_up(SEEDS[0], -0.3)), encoding='utf-8')
+    for rate in (4e-3, 8e-3):
+        run = plan.Run('fixed', 'joint exits', TUNING_SEED, rate)
+        run.path.write_text(json.dumps(made_up(1, rate == 8e-3)), encoding='utf-8')
+    label, seeds, ratio = tables.make('exits')[1][0]
+    assert (label, seeds) == ('joint exits', 1)
+    assert abs(float(ratio.split()[0]) - math.exp(-0.2)) < 0.05
 
 def test_what_is_missing_is_said(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(plan, 'RESULTS', tmp_path)
