@@ -152,12 +152,12 @@ class FFN(nn.Module):
 class Block(nn.Module):
     """One layer: (B, T, C) -> (B, T, C). `past` is its part of a key-value cache (decode.py)."""
 
-    Attention, FFN = Attention, FFN  # a variant may have its own
+    Attention = Attention  # a variant may have its own
 
     def __init__(self, config):
         super().__init__()
         self.attn_norm, self.attn = make_norm(config, config.n_embd), self.Attention(config)
-        self.ffn_norm, self.ffn = make_norm(config, config.n_embd), self.FFN(config)
+        self.ffn_norm, self.ffn = make_norm(config, config.n_embd), FFN(config)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, h, rope, past=None):

@@ -1,6 +1,6 @@
 """
 Paper A as its authors ran it: BitSkip with nine differences. Read this file beside minimal.py. All
-are read in their code, but for the two that are marked as likely.
+are read in their code, but for what is marked as likely.
 
     1  post-norm: h = LN(h + f(h)), with gain and bias
     2  phi, a squared ReLU, ends all six projections; the FFN has its own as well, so ReLU^4
@@ -8,7 +8,8 @@ are read in their code, but for the two that are marked as likely.
     4  learned positions are added to the embedding, besides RoPE
     5  tiny initial weights: a tenth of PyTorch's own, embeddings 0.001, head and gates 0.002
     6  exits learn the current token, not the next one
-    7  all L exits learn, from raw states; w_l ~ l + 1 is likely (a later version: 1 / (l + 1))
+    7  all L exits learn; likely from raw states and with w_l ~ l + 1 (later: the final norm where
+       Hadamard is, 1 / (l + 1))
     8  A9 forgets the tokens that never leave; z is drawn and thrown away
     9  dropout 0.1; decay on all parameters; early stopping leaves a 10,000-step cosine at its top
 

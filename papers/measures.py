@@ -1,12 +1,14 @@
 """
-What the authors measured, computed as they did, and why their FFNs did not learn.
+What the authors measured, computed as they did, and why the FFNs of their cells without Hadamard
+likely did not learn.
 
     report(model, tokens)           Tables 2 to 5 of Paper A, each loss in two means
     gradient_rms(model, idx, y)     which projections get a gradient at all, in float32 or float16
     decay_ratio(model, s, steps)    alpha of each projection, over what weight decay alone leaves
 
 Table 3: both columns are ternary. "FP" is the model as trained; "1.58-bit" is ternarized twice.
-Table 5: exits learned the current token from h_l, and are scored on the next one from LN(h_l).
+Table 5: exits learned the current token, likely from raw h_l, and are scored on the next one from
+LN(h_l).
 `report` gives both, and what the latent weights say as well.
 """
 import contextlib

@@ -3,17 +3,14 @@ import ast
 import io
 import subprocess
 import sys
-from dataclasses import dataclass, fields
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Literal
 
 import pytest
+from conftest import ROOT
 
 from configurator import UserError, check, class_name, configs_of, configure, find_class, run
 from model import BitSkip
-from train import TrainSettings
-
-ROOT = Path(__file__).resolve().parent.parent
 
 @dataclass
 class Settings:
@@ -32,8 +29,8 @@ class Settings:
 @pytest.fixture
 def config(tmp_path):
     """config('a = 1', ...): the path of a config file with these lines."""
-    def write(*lines, name='config.py', encoding='utf-8'):
-        (tmp_path / name).write_text('\n'.join(lines) + '\n', encoding=encoding)
+    def write(*lines, name='config.py'):
+        (tmp_path / name).write_text('\n'.join(lines) + '\n')
         return str(tmp_path / name)
     return write
 
@@ -65,29 +62,20 @@ def test_files_run_in_order_and_see_the_settings_so_far(config):
         n_embd=4, ffn_dim=16, rate=0.5, name=' and second', top_k=3)
 
 def test_flags_come_on_top_of_files_wherever_they_stand(config):
-    """The docstring's promise: `train.py --seed=3 config/cpu.py` is seed 3, whatever it says."""
+    """The docstring's promise: `train.py --seed=3 config/cpu.py` is seed 3, whatever it says. And
+    `--dataset code.py` was run as a config, and named the folder of the run."""
     path = config('n_embd = 16', 'rate = 1')
     for argv in ([path, '--n_embd=4'], ['--n_embd', '4', path], ['--n_embd=4', path]):
         assert configure(Settings, argv) == Settings(n_embd=4, rate=1.0)
     assert configure(Settings, ['--compile', path]) == Settings(n_embd=16, rate=1.0, compile=True)
-
-def test_the_value_of_a_flag_is_no_config(config):
-    """`--dataset code.py` was run as a config, and named the folder of the run."""
-    path = config('n_embd = 16')
     for argv in ([path, '--name', 'code.py'], ['--name=code.py', path]):
         assert configs_of(Settings, argv) == [path]
-        assert configure(Settings, argv) == Settings(n_embd=16, name='code.py')
-
-def test_a_byte_order_mark_is_no_syntax_error(config):
-    """Windows' Notepad writes one."""
-    assert configure(Settings, [config('n_embd = 16  # é', encoding='utf-8-sig')]).n_embd == 16
+        assert configure(Settings, argv) == Settings(n_embd=16, rate=1.0, name='code.py')
 
 @pytest.mark.parametrize('argv, expected', [
     (['--n_emb=4'], '--n_emb: there is no such setting; did you mean n_embd'),
-    (['--xyzzy=4'], 'did you mean --help?'), (['--n_embd=big'], "--n_embd: expected int, got 'b"),
-    (['--n_embd=1.5'], 'expected int, got 1.5'), (['--n_embd=true'], 'expected int, got True'),
+    (['--xyzzy=4'], 'did you mean --help?'), (['--n_embd=1.5'], 'expected int, got 1.5'),
     (['--rate=fast'], "expected float, got 'fast'"), (['--rate=nan'], '--rate: expected float'),
-    (['--compile=maybe'], "--compile: expected bool, got 'maybe'"),
     (['--dtype=float16'], "expected Literal['float32', 'bfloat16'], got 'float16'"),
     (['--top_k=many'], "--top_k: expected int | None, got 'many'"),
     (['--n_embd=99999999999999999999'], '--n_embd: expected int'),
@@ -99,9 +87,7 @@ def test_wrong_flags(argv, expected):
 
 @pytest.mark.parametrize('line, expected', [
     ('n_emb = 4', 'n_emb: there is no such setting'), ('n_embd = "4"', "expected int, got '4'"),
-    ('n_embd = True', 'expected int, got True'), ('rate = True', 'expected float, got True'),
-    ('compile = 1', 'expected bool, got 1'), ('n_embd = (4', 'SyntaxError'),
-    ('n_embd = 1 / 0', 'ZeroDivisionError'), ('n_embd = width', "name 'width' is not defined")])
+    ('n_embd = (4', 'SyntaxError'), ('n_embd = width', "name 'width' is not defined")])
 def test_wrong_config_files(config, line, expected):
     path = config('rate = 0.1', line)
     assert path in error_of(path) and expected in error_of(path)
@@ -115,20 +101,6 @@ def test_the_settings_of_a_checkpoint_are_checked_like_all_others(key, value):
     if key != 'n_layers':
         with pytest.raises(UserError, match=f'^{key}: expected'):
             Settings(**{key: value})
-
-@pytest.mark.parametrize('cls', [Settings, TrainSettings])
-def test_help_lists_every_field_with_default_and_comment(cls, capsys):
-    with pytest.raises(SystemExit) as end:
-        configure(cls, ['--n_embd=4', '--help'])
-    text = capsys.readouterr().out
-    assert not end.value.code and text.startswith('usage: python ') and cls.__doc__ in text
-    entries = {line.split('=')[0].strip(): line for line in text.splitlines() if '  --' in line}
-    assert set(entries) == {f'--{field.name}' for field in fields(cls)}
-    for field in fields(cls):
-        flag_and_default, comment = entries[f'--{field.name}'].split(None, 1)
-        assert comment and eval(flag_and_default.split('=', 1)[1]) == field.default
-    assert "'float32', 'bfloat16']" in ' '.join(text.split())  # the choices
-    assert max(map(len, text.splitlines()[1:])) <= 80
 
 @pytest.mark.parametrize('name', ['model', 'model:', 'model:Nothing', 'model:BitSkipConfig',
                                   'antigravity:x', '/tmp/model:BitSkip', '..model:BitSkip'])
@@ -154,7 +126,6 @@ class Settings:
 
 def main(argv):
     case, say = configure(Settings, argv).case, print
-    if case == 'file': open('/no/such/folder/file')
     if case == 'full': raise OSError(errno.ENOSPC, 'No space left on device', 'ckpt.pt')
     if case == 'interrupt': raise KeyboardInterrupt
     if case == 'memory': bytearray(2 ** 60)
@@ -170,7 +141,6 @@ run(main)
 
 @pytest.mark.parametrize('case, shell, code, out, err', [
     ('', '', 0, 'text\n', ''), ('name', '', 0, 'True\ntext\n', ''), ('interrupt', '', 130, '', ''),
-    ('file', '', 2, '', "error: [Errno 2] No such file or directory: '/no/such/folder/file'\n"),
     ('full', '', 2, '', "error: [Errno 28] No space left on device: 'ckpt.pt'\n"),
     ('memory', '', 2, '', 'error: out of memory: this machine has too little; try a smaller batch '
      'or model\n'), ('', '>&-', 0, '', ''), ('', '2>&-', 0, 'text\n', ''),

@@ -33,27 +33,18 @@ def assert_near(a, b, linear='fp'):
 # ---- the cache
 
 @pytest.mark.parametrize('linear', KINDS)
-@pytest.mark.parametrize('exit_layer', [None, 0])
-def test_cached_generation_equals_uncached(make_model, tokens, linear, exit_layer):
-    """Token by token, each the argmax of a pass over everything before it."""
-    model, idx = make_model(linear=linear), tokens(3, 5)
-    new, layers, logits = run(model, idx, 11, exit_layer=exit_layer, **GREEDY)
-    assert (layers == (2 if exit_layer is None else exit_layer)).all()
-    text = torch.cat((idx, new), dim=1)
-    expected = model(text[:, :-1], exit_layer=exit_layer)[0][:, 4:]
-    assert_near(logits, expected, linear)
-    assert torch.equal(new, expected.argmax(dim=-1))
-
-@pytest.mark.parametrize('linear', KINDS)
 @pytest.mark.parametrize('chunks', [[1] * 12, [5, 7], [3, 1, 6, 2]], ids=str)
-def test_a_prompt_in_chunks_equals_one_pass(make_model, tokens, linear, chunks):
-    """By the model and by a Decoder, which has a loop of its own."""
+@pytest.mark.parametrize('k', [None, 0])
+def test_a_text_in_chunks_equals_one_pass(make_model, tokens, linear, chunks, k):
+    """By the model and by a Decoder, at full depth and at an exit."""
     model, idx = make_model(linear=linear), tokens(2, 12)
-    cache, decoder, expected = KVCache(model, 2), Decoder(model, 2), model(idx)[0]
-    parts = idx.split(chunks, dim=1)
-    assert_near(torch.cat([model(part, cache=cache)[0] for part in parts], dim=1), expected, linear)
-    stepped = [decoder.step(part, n_logits=part.shape[1])[0].view(2, -1, 31) for part in parts]
-    assert_near(torch.cat(stepped, dim=1), expected, linear)
+    cache, decoder = KVCache(model, 2), Decoder(model, 2)
+    expected, parts = model(idx, exit_layer=k)[0], idx.split(chunks, dim=1)
+    cached = [model(part, cache=cache, exit_layer=k)[0] for part in parts]
+    assert_near(torch.cat(cached, dim=1), expected, linear)
+    stepped, layers = zip(*(decoder.step(part, part.shape[1], exit_layer=k) for part in parts))
+    assert_near(torch.cat([x.view(2, -1, 31) for x in stepped], dim=1), expected, linear)
+    assert (torch.cat(layers) == (2 if k is None else k)).all()
     assert cache.length == decoder.length == 12
 
 @pytest.mark.parametrize('exit_mode', [None, *EXIT_MODES])
@@ -67,16 +58,7 @@ def test_generation_in_bfloat16(make_model, tokens, exit_mode):
         assert logits.isfinite().all()
         assert (logits[:, 0] - expected).norm() < 0.03 * expected.norm()
 
-def test_a_cache_set_back_forgets(make_model, tokens):
-    """What was taken back leaves no trace: the next tokens are written over it."""
-    model, idx = make_model(linear='fp'), tokens(2, 10)
-    cache = KVCache(model, 2)
-    model(idx[:, :6], cache=cache)
-    model(tokens(2, 4, seed=9), cache=cache)
-    cache.length = 6
-    assert_near(model(idx[:, 6:], cache=cache)[0], model(idx)[0][:, 6:])
-
-def test_a_cache_with_holes_is_refused(make_model, tokens):
+def test_a_cache_with_holes_or_of_another_batch_is_refused(make_model, tokens):
     """A pass that ended at an exit left nothing above. Zeros would be attended to, in silence."""
     model = make_model()
     cache, decoder = KVCache(model, 2), Decoder(model)
@@ -95,13 +77,6 @@ def test_a_cache_with_holes_is_refused(make_model, tokens):
     for mode in (None, 'gate'):
         with pytest.raises(ValueError, match='the cache of layer 1 holds 0 tokens, not the 4'):
             decoder.step(tokens(1, 1), exit_mode=mode, exit_threshold=1.0)
-
-def test_a_cache_is_for_its_batch_and_block_size(make_model, tokens):
-    model = make_model()
-    cache = KVCache(model, 2)
-    model(tokens(2, 16), cache=cache)
-    with pytest.raises(ValueError, match='17 tokens do not fit into block_size=16'):
-        model(tokens(2, 1), cache=cache)
     with pytest.raises(ValueError, match='1 samples do not fit a cache for 2'):  # to both rows
         model(tokens(1, 4), cache=KVCache(model, 2))
 
@@ -147,27 +122,14 @@ def test_a6_exits_token_by_token_are_those_of_the_definition(make_model, tokens,
         assert_near(logits, expected[:, t], linear)
 
 @pytest.mark.parametrize('mode', EXIT_MODES)
-def test_a6_thresholds_at_the_ends(make_model, tokens, mode, monkeypatch):
+def test_a6_a_threshold_of_1_is_full_depth(make_model, tokens, mode, monkeypatch):
     """1 is full depth, also for a score of exactly 1: rounding took the cosine of a state with
-    itself above. Below 0 a token leaves at once, but not the prompt, which runs in full."""
-    model, idx = make_model(), tokens(3, 1)
-    layers = run(model, idx, 8, exit_mode=mode, exit_threshold=-1.0)[1]
-    assert (layers[:, 0] == 2).all() and not layers[:, 1:].any()
-    full = run(model, idx, 15, **GREEDY)[0]
-    h = torch.randn(1000, 128)
+    itself above. (Below 0 a token leaves at once: see test_scripts.py.)"""
+    model, h = make_model(), torch.randn(1000, 128)
     assert decode.exit_score(model, h, h, 0, 'saturation').max() <= 1
     monkeypatch.setattr(decode, 'exit_score', lambda model, h, *_: torch.ones(len(h)))
-    never = run(model, idx, 15, exit_mode=mode, exit_threshold=1.0, **GREEDY)
-    assert torch.equal(full, never[0]) and (never[1] == 2).all()
-
-def test_a6_samples_of_a_batch_do_not_touch_each_other(make_model, tokens):
-    model, idx = make_model(linear='fp', n_layer=4), tokens(4, 3)
-    options = dict(exit_mode='gate', exit_threshold=0.45, **GREEDY)
-    new, layers, logits = run(model, idx, 10, **options)
-    for row in range(4):
-        alone = run(model, idx[row:row + 1], 10, **options)
-        assert torch.equal(alone[0][0], new[row]) and torch.equal(alone[1][0], layers[row])
-        assert_near(alone[2][0], logits[row])
+    layers = run(model, tokens(3, 1), 15, exit_mode=mode, exit_threshold=1.0)[1]
+    assert (layers == 2).all()
 
 # ---- sampling
 
@@ -185,13 +147,11 @@ def test_sample_follows_the_softmax_over_exactly_the_top_k(temperature, top_k):
     assert ((frequency - p).abs() <= 5 * (p * (1 - p) / n).sqrt()).all()
     assert sample(logits[None], 0, top_k).tolist() == [[2]]
 
-def test_a_stream_hands_on_top_k_temperature_and_seed(make_model, tokens):
+def test_a_stream_hands_on_top_k_and_temperature(make_model, tokens):
     model, idx = make_model(), tokens(20, 4)
     new, _, logits = run(model, idx, 10, top_k=3, temperature=5.0)
     top3 = logits.topk(3, dim=-1).indices
     assert (new[..., None] == top3).any(dim=-1).all() and (new != top3[..., 0]).any()
-    runs = [model.generate(idx, 8, generator=torch.Generator().manual_seed(s)) for s in (1, 1, 2)]
-    assert torch.equal(runs[0], runs[1]) and not torch.equal(runs[0], runs[2])
 
 # ---- the stream
 
@@ -209,7 +169,8 @@ def test_a_full_cache_starts_again_from_the_newer_half(make_model, tokens):
 
 @pytest.mark.parametrize('options, message', [
     (dict(temperature=-0.5), 'temperature'), (dict(temperature=1e-5), 'at least 0.001'),
-    (dict(top_k=0), 'top_k'), (dict(exit_layer=3), 'exit_layer=3'),
+    (dict(top_k=0), 'top_k'), (dict(exit_layer=3), 'exit_layer=3 .* layers are 0 to 2'),
+    (dict(exit_layer=-1), 'exit_layer=-1'),
     (dict(exit_mode='entropy'), 'entropy'), (dict(idx=torch.zeros(2, 0)), 'prompt is empty'),
     (dict(exit_mode='gate'), "no gates.*exit_mode='saturation'")], ids=str)
 def test_stream_refuses_at_once(make_model, tokens, options, message):

@@ -125,11 +125,10 @@ WIKI = {'train': ['', ' = Title = \n', '', ' Some <unk> text , in two @-@ part w
 STORIES = {'train': ['Once upon a time.\n\nThe end.', ' ', 'A café.', 'Three.'],
            'validation': ['Lily smiled.', 'Bye.']}
 
-@pytest.mark.parametrize('below', ['', 'wikitext-2-raw-v1', 'data'])
-def test_wikitext2_from_a_local_copy(tmp_path, data, below):
+def test_wikitext2_from_a_local_copy(tmp_path, data):
     """It needs the copy no more when it has been prepared: train.py knows of no --source."""
     source = tmp_path / 'copy'
-    parquet(source / below, WIKI, shards=2)
+    parquet(source / 'wikitext-2-raw-v1', WIKI, shards=2)
     folder = prepare.prepare('wikitext2', source=str(source), data_dir=data)
     assert folder == os.path.join(data, 'wikitext2-gpt2') and os.listdir(data) == ['wikitext2-gpt2']
     for split, ours in (('train', 'train'), ('validation', 'val'), ('test', 'test')):
@@ -146,7 +145,6 @@ def test_tinystories_from_a_local_copy(tmp_path, data):
     folder = prepare.prepare('tinystories', source=source, data_dir=data)
     assert sorted(os.listdir(folder)) == ['meta.json', 'train.bin', 'val.bin']
     assert text_of(folder, 'train') == 'Once upon a time.\n\nThe end.A café.Three.'
-    folder = prepare.prepare('tinystories', 'bytes', source, data)
     assert text_of(folder, 'val') == 'Lily smiled.Bye.'
     assert load_meta(folder)['splits']['val']['documents'] == 2
 
@@ -191,13 +189,6 @@ def test_what_cannot_be_read(tmp_path, data, monkeypatch, poem):
     assert not os.listdir(data)
 
 # ---- one's own text ----
-
-def test_a_text_file_is_cut_at_lines(poem, data):
-    folder = prepare.prepare(poem, data_dir=data)
-    assert folder == os.path.join(data, 'poem-gpt2')
-    parts = [text_of(folder, split) for split in ('train', 'val', 'test')]
-    assert ''.join(parts) == Path(poem).read_text(encoding='utf-8')
-    assert [part.count('\n') for part in parts] == [80, 10, 10]
 
 def test_a_folder_of_files(tmp_path, data, capsys):
     """Linked folders were left out without a word, .jsonl was trained on as JSON, .parquet was not
@@ -304,4 +295,3 @@ def test_a_million_blanks():
     text = (' ' * 4000 + 'word\n') * 20
     assert tok.encode(text) == tok.bpe.encode_ordinary(text)
     assert tok.encode('Hello world') == [15496, 995]  # as published
-

@@ -47,16 +47,7 @@ def test_a1_ties_and_zeros():
 # ---- A2
 
 @all_bits
-@pytest.mark.parametrize('shape', [(16,), (5, 64), (2, 3, 48)], ids=str)
-def test_a2_is_the_formula(bits, shape):
-    x = torch.randn(shape) * 3
-    codes, scale = activation_quant(x, bits)
-    assert codes.dtype == torch.int8 and codes.abs().max() == 2 ** (bits - 1) - 1
-    assert scale.dtype == torch.float32 and scale.shape == (*shape[:-1], 1)
-    assert_close(codes * scale, activation_a2(x, bits))
-
-@all_bits
-def test_a2_ties_zeros_one_hot_and_tiny_tokens(bits):
+def test_a2_is_the_formula(bits):
     """Ties: s / q is a power of two, so that x q / s is exact. A token of zeros stays zeros. An
     outlier costs the rest of its token everything, and other tokens nothing. There is no epsilon:
     small tokens are quantized as large ones are."""
@@ -66,8 +57,8 @@ def test_a2_ties_zeros_one_hot_and_tiny_tokens(bits):
     x = torch.randn(4, 32)
     x[0], x[1, 5], x[3] = 0, 1000, x[2] * 2.0 ** -40
     x_hat = activation_quant_ste(x, bits)
+    assert_close(x_hat, activation_a2(x, bits))
     assert not x_hat[0].any() and x_hat[1].count_nonzero() == 1 and x_hat[1, 5] == 1000
-    assert_close(x_hat[2], activation_a2(x[2], bits))
     assert torch.equal(x_hat[3], x_hat[2] * 2.0 ** -40)
 
 @pytest.mark.parametrize('quantize', [weight_ternary, activation_quant], ids=['a1', 'a2'])
@@ -174,7 +165,7 @@ def test_a3_layer_takes_its_own_width_only():
         HBitLinear(48, 8)(torch.randn(2, 50))
 
 @both_products
-@pytest.mark.parametrize('kind', ['fp', 'bitlinear', 'hbitlinear', 'Grouped', 'Median'])
+@pytest.mark.parametrize('kind', ['fp', 'bitlinear', 'hbitlinear', 'Grouped'])
 def test_project_equals_each_layer_alone(kind, product, use_product):
     use_product(product)
     cls = getattr(seam, kind, None) or linear_class(kind)
@@ -217,14 +208,6 @@ class Grouped(BitLinear):
         scale = groups.abs().mean(dim=-1).clamp(min=1e-20)  # (out, groups)
         codes = (groups / scale[..., None]).round().clamp(-1, 1).to(torch.int8)
         return codes.flatten(1), scale
-
-class Median(BitLinear):
-    """The median in the place of the mean."""
-
-    def ternary(self):
-        w = self.weight.detach()
-        scale = w.abs().median().clamp(min=1e-20)
-        return (w / scale).round().clamp(-1, 1).to(torch.int8), scale
 '''
 seam = types.ModuleType('seam')
 exec(SEAM, vars(seam))
@@ -232,12 +215,10 @@ exec(SEAM, vars(seam))
 USE = """
 import sys
 import eval_exits, sample, train
-for name in ('Grouped', 'Median'):
-    out = f'--out_dir=out/{name}'
-    assert train.main([*sys.argv[1:], out, f'--linear=my_layer:{name}', '--max_iters=2'])
-    assert train.main([out, '--init_from=resume', '--max_iters=3'])
-    eval_exits.main([out])
-    sample.main([out, '--prompt=def ', '--max_new_tokens=5'])
+assert train.main([*sys.argv[1:], '--linear=my_layer:Grouped', '--max_iters=2'])
+assert train.main(['--out_dir=out/run', '--init_from=resume', '--max_iters=3'])
+eval_exits.main([])
+sample.main(['--prompt=def ', '--max_new_tokens=5'])
 """
 
 @both_products
@@ -255,12 +236,12 @@ def test_a_group_of_neighbours_may_have_its_own_scale(product, use_product):
 
 def test_a_layer_of_ones_own_trains_resumes_evaluates_and_samples(core_alone):
     """`ternary` in a file of one's own is all it takes: at most 15 lines, and no other file."""
-    assert all(len(lines.strip().splitlines()) <= 15 for lines in SEAM.split('class ')[1:])
+    assert len(SEAM.split('class ')[1].strip().splitlines()) <= 15
     (core_alone / 'my_layer.py').write_text(SEAM)
     done = subprocess.run([sys.executable, '-c', USE, *flags()], cwd=core_alone, text=True,
                           capture_output=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count('written: ') == done.stdout.count('\n5 tokens') == 2
+    assert 'written: ' in done.stdout and '\n5 tokens' in done.stdout
 
 # ---- A8, latent weights, storage
 
@@ -288,20 +269,14 @@ def test_latent_weights_compute_with_w_and_quantized_activations_and_are_gone_af
         raise ZeroDivisionError
     assert torch.equal(layer(x), ternary) and not bit_linears(layer)[0].latent
 
-@pytest.mark.parametrize('k', [1, 2, 4, 5, 6, 39, 40])
-def test_pack_round_trip(k):
-    codes = torch.randint(-1, 2, (9, k), dtype=torch.int8)
-    packed = pack_ternary(codes)
-    assert packed.dtype == torch.uint8 and packed.shape == (9, -(-k // 5))
-    unpacked = unpack_ternary(packed, k)
-    assert unpacked.dtype == torch.int8 and torch.equal(unpacked, codes)
-
 def test_pack_is_a_bijection_between_five_codes_and_the_bytes_up_to_242():
     """243 quintuples, each byte once; the first column is the lowest digit, 0 fills up the last."""
     every = torch.cartesian_prod(*[torch.tensor([-1, 0, 1], dtype=torch.int8)] * 5)
     assert pack_ternary(every).flatten().sort().values.tolist() == list(range(243))
+    assert torch.equal(unpack_ternary(pack_ternary(every), 5), every)
     codes = torch.tensor([[1, 0, -1, 1, 1, 0, -1]], dtype=torch.int8)
     assert pack_ternary(codes).tolist() == [[2 + 3 + 0 + 27 * 2 + 81 * 2, 1 + 0 + 9 + 27 + 81]]
+    assert torch.equal(unpack_ternary(pack_ternary(codes), 7), codes)
 
 def test_pack_and_unpack_refuse_what_is_not_theirs():
     for code in (2, -128):

@@ -14,10 +14,11 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from cyllama.llama import llama_cpp
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from checkpoint import find_run, open_model  # noqa: E402
-from configurator import UserError, configure, run  # noqa: E402
+from configurator import configure, run  # noqa: E402
 from eval_exits import perplexity  # noqa: E402
 from prepare import data_of, get_tokenizer  # noqa: E402
 
@@ -28,28 +29,24 @@ class CompareSettings:
     gguf: str = 'model.gguf'  # the file in its folder
     exit_layer: int | None = None  # that it was exported with; none: the last
 
+class LlamaModel(llama_cpp.LlamaModel):
+    n_vocab = property(lambda self: self.get_vocab().n_vocab)  # which cyllama asks for and lacks
+
 class Llama:
     """A GGUF file in llama.cpp."""
 
     def __init__(self, path, n_ctx):
-        try:
-            from cyllama.llama import llama_cpp
-        except ImportError:
-            raise UserError('this needs llama.cpp: pip install cyllama==0.2.18') from None
-
-        class Model(llama_cpp.LlamaModel):
-            n_vocab = property(lambda self: self.get_vocab().n_vocab)  # which it asks for and lacks
         params = llama_cpp.LlamaContextParams()
         params.n_ctx = params.n_batch = params.n_ubatch = n_ctx
         params.n_threads = params.n_threads_batch = 1
-        self.cpp, self.model = llama_cpp, Model(path)
+        self.model = LlamaModel(path)
         self.context = llama_cpp.LlamaContext(self.model, params)
 
     def read(self, tokens, start=0):
         """Logits (n, V) after each of `tokens`, a list of n, at positions from `start` on."""
         if start == 0:
             self.context.kv_cache_clear()
-        batch = self.cpp.LlamaBatch(n_tokens=len(tokens), embd=0, n_seq_max=1)
+        batch = llama_cpp.LlamaBatch(n_tokens=len(tokens), embd=0, n_seq_max=1)
         for i, token in enumerate(tokens):
             batch.add(token, start + i, [0], True)
         self.context.decode(batch)
@@ -71,30 +68,29 @@ def compare(model, llama, tokens, layer, n=16):
           f'KL {(p.exp() * (p - q)).sum(-1).mean():.1e} nats, same argmax in {same.mean():.2%}\n'
           f'PPL {here:.4f} here, {there:.4f} there')
 
-def common_prefix(model, llama, prompt, n, layer):
-    """How many of n greedy tokens are the same until the first that is not."""
-    ours = model.generate(torch.tensor([prompt]), n, temperature=0, exit_layer=layer)[0].tolist()
-    text, logits = list(prompt), llama.read(prompt)
-    for i in range(n):
-        text.append(logits[-1].argmax().item())
-        if text[-1] != ours[len(prompt) + i]:
+def common_prefix(llama, prompt, ours):
+    """How many of the greedy tokens `ours` llama.cpp writes after the prompt, before another."""
+    logits = llama.read(prompt)
+    for i, token in enumerate(ours):
+        if logits[-1].argmax() != token:
             return i
-        logits = llama.read(text[-1:], len(text) - 1)
-    return n
+        logits = llama.read([token], len(prompt) + i)
+    return len(ours)
 
 def main(argv):
     s = configure(CompareSettings, argv)
     out_dir = find_run(s.out_dir)
     model, settings = open_model(os.path.join(out_dir, 'ckpt.pt'))
-    size = model.config.block_size
-    llama = Llama(os.path.join(out_dir, s.gguf), size)
+    llama = Llama(os.path.join(out_dir, s.gguf), model.config.block_size)
     compare(model, llama, data_of(settings)[1], s.exit_layer)
     for text in ('Return the', 'def f(x):\n', 'The module', 'Raises ValueError', 'naïve 日本'):
         prompt = get_tokenizer(settings['meta']['tokenizer']).encode(text)
         there = llama.model.get_vocab().tokenize(text, False, False)
-        n = min(200, size - len(prompt))
+        n = min(200, model.config.block_size - len(prompt))
+        ours = model.generate(torch.tensor([prompt]), n, temperature=0, exit_layer=s.exit_layer)[0]
+        same = common_prefix(llama, prompt, ours[len(prompt):].tolist())
         print(f'{text!r}: {"the same" if there == prompt else "OTHER"} tokens; greedy text as ours '
-              f'for {common_prefix(model, llama, prompt, n, s.exit_layer)} of {n} tokens')
+              f'for {same} of {n} tokens')
 
 if __name__ == '__main__':
     run(main)

@@ -41,20 +41,12 @@ def read(path):
 
 @pytest.mark.parametrize('type', ['TQ2_0', 'TQ1_0'])
 def test_ternary_blocks_are_those_of_the_gguf_package(type):
-    """Byte for byte, in all 243 combinations of digits; unpacked they are codes * float16 alpha."""
+    """Byte for byte, in all 243 combinations of digits."""
     codes, scale = weight_ternary(torch.randn(64, 768))
     packed = {'TQ2_0': ours.tq2_0, 'TQ1_0': ours.tq1_0}[type](codes, scale).numpy()
     kind = gguf.GGMLQuantizationType[type]
     assert np.array_equal(packed, gguf.quantize((codes * scale).numpy(), kind))
-    assert np.array_equal(gguf.dequantize(packed, kind), (codes * scale.half().float()).numpy())
     assert type == 'TQ2_0' or len(np.unique(packed.reshape(-1, 54)[:, :48])) == 243
-
-def test_q8_0_blocks_are_those_of_the_gguf_package():
-    """But for ties: theirs multiplies by 127 / max|w|."""
-    w = torch.randn(50, 256) * torch.logspace(-1, 3, 50)[:, None]
-    packed = ours.q8_0(w).numpy()
-    theirs = gguf.quantize(w.numpy(), gguf.GGMLQuantizationType.Q8_0)
-    assert packed.shape == theirs.shape and (packed != theirs).mean() < 1e-3
 
 def arcee(settings, w, idx):
     """The architecture as llama.cpp computes it, from a file alone: idx (T,) -> logits (T, V)."""
@@ -104,45 +96,33 @@ def test_arcee_computes_what_the_model_computes(export, tokens, type, exit_layer
     assert settings['arcee.context_length'] == 16 and settings['arcee.feed_forward_length'] == 512
     with torch.no_grad():
         for name, table in (('token_embd', model.embedding), ('output', model.head)):
-            assert_close(w[f'{name}.weight'], table.weight, rtol=1e-3, atol=5e-3)
+            assert_close(w[f'{name}.weight'], table.weight, rtol=1e-3, atol=4e-3)  # half a step
             table.weight.copy_(w[f'{name}.weight'])
         idx = tokens(1, 16)
         expected, found = model(idx, exit_layer=exit_layer)[0][0], arcee(settings, w, idx[0])
     assert (found - expected).std() < 1e-3 * expected.std()
 
-def encode(settings, words):
-    """BPE as GPT-2's authors wrote it, by the rank of merges: token ids of the words (bytes)."""
-    spell = spelling(get_tokenizer('bytes'))[0]
-    ids = {token: i for i, token in enumerate(settings['tokenizer.ggml.tokens'])}
-    rank = {tuple(m.split(' ')): i for i, m in enumerate(settings['tokenizer.ggml.merges'])}
-    for word in words:
-        parts = [spell(bytes([b])) for b in word]
-        while pairs := [pair for pair in zip(parts, parts[1:]) if pair in rank]:
-            i = list(zip(parts, parts[1:])).index(min(pairs, key=rank.get))
-            parts[i:i + 2] = [parts[i] + parts[i + 1]]
-        yield from (ids[part] for part in parts)
-
 def test_vocabularies(export):
     """Bytes have no merges: each is its id, and 0, which is in no text, ends one. Merging by those
     of GPT-2 gives tiktoken's ids."""
-    import regex
-    from tiktoken_ext.openai_public import r50k_pat_str
+    tokenizers = pytest.importorskip('tokenizers', reason=f'transformers {EXTRA}')
     settings, _ = read(export()[1])
-    assert list(encode(settings, [bytes(range(1, 256))])) == list(range(1, 256))
-    assert settings['tokenizer.ggml.tokens'][0] == '<|endoftext|>'
+    spell = spelling(get_tokenizer('bytes'))[0]
+    assert settings['tokenizer.ggml.tokens'] == [
+        '<|endoftext|>', *(spell(bytes([b])) for b in range(1, 256))]
     assert settings['tokenizer.ggml.token_type'] == [3] + [1] * 255
-    assert settings['tokenizer.ggml.eos_token_id'] == 0
+    assert settings['tokenizer.ggml.eos_token_id'] == 0 and not settings['tokenizer.ggml.merges']
     tokenizer = get_tokenizer('gpt2')
-    settings = ours.vocabulary(tokenizer)
-    merges, text = settings['tokenizer.ggml.merges'], "naïve “λ” don't   gaze\n\n\t" + ours.__doc__
-    assert len(merges) == 50000 and merges[0] == 'Ġ t' and merges[-1] == 'Ġg azed'
-    words = [word.encode() for word in regex.findall(r50k_pat_str, text)]
-    assert list(encode(settings, words)) == tokenizer.encode(text)
+    settings, text = ours.vocabulary(tokenizer), "naïve “λ” don't   gaze\n\n\t" + ours.__doc__
+    ids = {token: i for i, token in enumerate(settings['tokenizer.ggml.tokens'])}
+    merges = [tuple(merge.split(' ')) for merge in settings['tokenizer.ggml.merges']]
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE(ids, merges))
+    bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    assert len(merges) == 50000 and bpe.encode(text).ids == tokenizer.encode(text)
 
 @pytest.mark.parametrize('flags, settings, message', [
     ([], dict(norm='layernorm', sub_norm=True, ffn='swiglu', act_bits=4, linear='hbitlinear'),
      "has no norm='layernorm', sub_norm=True, ffn='swiglu', act_bits=4, linear='hbitlinear'; a "),
-    ([], dict(exit_norm='raw'), "has no exit_norm='raw'; .* config/arcee.py"),
     (['--exit_layer=1'], dict(exit_norm='none'), "exit_norm='none'"),
     (['--type=TQ1_0'], dict(linear='fp'), r"\(linear='fp'\) .* TQ1_0; .*--type=F16"),
     ([], dict(n_embd=128), 'n_embd=128 and ffn_dim=512 must be multiples of it; --type=F16'),

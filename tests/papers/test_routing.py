@@ -1,17 +1,16 @@
 """The routing loss reaches the gates always, the blocks as far as the variant lets it."""
 import pytest
 import torch
-from conftest import TINY, flags, text_folder
+from conftest import flags, initial, text_folder
 
 from checkpoint import open_model
 from configurator import UserError
-from model import BitSkip, BitSkipConfig
+from model import BitSkip
 from papers import routing
 
 def gradients(Model, tokens):
     """Norms of A9's gradient for the gates and for the embedding, and the loss."""
-    torch.manual_seed(0)
-    model = Model(BitSkipConfig(**TINY | dict(lambda_r=0.2))).eval()
+    model = initial(Model, lambda_r=0.2)
     states = list(model.hidden_states(tokens(4, 12)))
     loss = 1e4 * model.route_loss(states[:-1], states[-1])
     loss.backward()
