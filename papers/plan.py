@@ -64,7 +64,7 @@ def ladder():
 
 CPU = 'train.py config/{}.py config/cpu.py'
 JOINT, JOINT_B = CPU.format('compose'), CPU.format('compose') + ' --linear=bitlinear'
-# A step with joint exits takes 1.165 times as long as one without, at this size (fast/README.md)
+# A step with joint exits takes 1.165 times as long as one without (papers/results/steps.json)
 EQUAL_TIME = ' --max_iters=860 --eval_interval=430'
 # Paper A's four cells; the two without exits once more without a final norm; and our recipe
 FIXED = {

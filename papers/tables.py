@@ -168,9 +168,10 @@ def yardsticks_table():
 def exits_table():
     """Joint exits over the best model without exits, which is chosen on validation text."""
     runs = {label: learned(results('fixed', label)) for label in FIXED}
-    val = {label: statistics.mean(r['val'] for r in several) for label, several in runs.items()
+    val = {label: {r['seed']: r['val'] for r in several} for label, several in runs.items()
            if several and 'exits' not in label and 'EE' not in label}
-    best = min(val, key=val.get, default=None)
+    shared = set.intersection(*map(set, val.values())) if val else ()
+    best = min(val, key=lambda label: sum(val[label][seed] for seed in shared), default=None)
     base = runs.get(best, [])
     rows = [[label, len(several), ratio(several, base)] for label, several in runs.items()
             if 'joint' in label]
