@@ -98,15 +98,11 @@ def divergence_loss(gates, states, last, read, head):
     for layer, (gate, h, share) in enumerate(zip(gates, states, shares)):
         h, full = h.detach().flatten(0, 1)[share], last.detach().flatten(0, 1)[share]
         with torch.no_grad():
-            kl = divergence(head(read(h, layer)), head(full))
+            p, q = (head(x).float().log_softmax(dim=-1) for x in (read(h, layer), full))
+            kl = F.kl_div(p, q, reduction='none', log_target=True).sum(dim=-1).clamp(min=0)  # (N,)
         D = -gate(h).clamp(1e-6, 1 - 1e-6).log()
         losses.append((D - kl * D.log()).sum() / max(1, len(share)))
     return torch.stack(losses).mean()
-
-def divergence(logits, full):
-    """KL(p_full || p) in nats, of logits (N, V) at an exit and at full depth: (N,) float32."""
-    logits, full = (x.float().log_softmax(dim=-1) for x in (logits, full))
-    return F.kl_div(logits, full, reduction='none', log_target=True).sum(dim=-1).clamp(min=0)
 
 class LinearCrossEntropy(torch.autograd.Function):
     """sum_n weight_n CE(softmax(h_n W^T), target_n), with one chunk of logits at a time: h (N, C),

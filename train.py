@@ -262,6 +262,10 @@ def resume(model, optimizer, saved, s, is_main):
         model.load_state_dict(saved['model'])
         groups = optimizer.state_dict()['param_groups']  # rate, decay and betas are the settings'
         optimizer.load_state_dict({'state': saved['optimizer']['state'], 'param_groups': groups})
+        for p, state in optimizer.state.items():
+            shapes = {name: moment.shape for name, moment in state.items()}
+            if shapes != {'step': (), 'exp_avg': p.shape, 'exp_avg_sq': p.shape}:
+                raise ValueError('its optimizer is for other parameters')
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         why = ' '.join(str(error).split())[:120]
         raise UserError(f'{path(s, "last.pt")} does not fit these settings ({why})') from None

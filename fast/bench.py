@@ -59,11 +59,15 @@ def training(shape, dtype='float32', **changes):
     optimizer, c = make_optimizer(model, TrainSettings()), model.config
     idx = torch.randint(c.vocab_size, (shape['batch_size'], c.block_size))
 
+    def loss():
+        with autocast(torch.device('cpu'), dtype):
+            return model(idx, idx, return_logits=False)[1]['total']
+    return step_of(model, optimizer, loss)
+
+def step_of(model, optimizer, loss):
     def step():
         optimizer.zero_grad(set_to_none=True)
-        with autocast(torch.device('cpu'), dtype):
-            _, losses = model(idx, idx, return_logits=False)
-        losses['total'].backward()
+        loss().backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
     return step
@@ -99,13 +103,7 @@ def training_gpt2(shape):
     model = GPT2(BitSkipConfig.of(shape))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
     idx = torch.randint(shape['vocab_size'], (shape['batch_size'], shape['block_size']))
-
-    def step():
-        optimizer.zero_grad(set_to_none=True)
-        model(idx, idx).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-    return step
+    return step_of(model, optimizer, lambda: model(idx, idx))
 
 def decoder(shape, how, **changes):
     """What decodes one text: how is 'eager' or 'packed' (PyTorch), or 'native' (C, int8 head)."""

@@ -43,6 +43,7 @@ EPOCH_STEPS = 290
 AS_RUN = ('config/cpu.py --n_embd=64 --ffn_dim=256 --n_head=2 --n_kv_head=1 --block_size=64 '
           '--data_dir=data/short --max_iters=1160 --eval_interval=145 --learning_rate=6e-4 '
           '--schedule=wsd --decay_frac=0 --warmup_iters=100')
+OF_BASELINE = 'inner LayerNorm in both cells'  # the columns with H have it from the start
 EXITS = '--lambda_ee=0.3 --p_max=0.7 --lambda_q=0.05 --lambda_r=0.2'
 
 def ladder():
@@ -50,16 +51,16 @@ def ladder():
     cells, flags = {}, {}
     for rung, change in LADDER.items():
         flags |= change
-        words = ' '.join(f'--{name}={value}' for name, value in flags.items())
+        words = [f'--{name}={value}' for name, value in flags.items()]
         of_exits = any(name.startswith(('exit_', 'ee_', 'lambda_')) for name in change)
-        of_baseline = change == {'inner_norm': 'all'}  # the layer with the transform has this norm
+        of_baseline = rung == OF_BASELINE
         for column, exits, climbs in (
                 ('Baseline', '', not of_exits), ('H-only', '', not of_exits and not of_baseline),
                 ('EE-only', EXITS, not change), ('H + EE', EXITS, not of_baseline)):
             if climbs:
                 linear = 'hbitlinear' if column.startswith('H') else 'bitlinear'
-                words_of = f'--linear={linear} {exits} {words}'.split()
-                cells[f'{rung}, {column}'] = ' '.join(['-m papers.as_run', AS_RUN, *words_of])
+                cells[f'{rung}, {column}'] = ' '.join(
+                    ['-m papers.as_run', AS_RUN, f'--linear={linear}', *exits.split(), *words])
     return cells
 
 CPU = 'train.py config/{}.py config/cpu.py'

@@ -20,7 +20,7 @@ import numpy as np
 from common import atomic_write
 from configurator import UserError, configure, run
 from papers.measures import LADDER
-from papers.plan import FIXED, SEEDS, TABLES, reported_runs, tuning_runs
+from papers.plan import FIXED, OF_BASELINE, SEEDS, TABLES, reported_runs, tuning_runs
 
 PAGE = Path(__file__).with_name('README.md')
 
@@ -98,8 +98,8 @@ def cells_table(table):
 
 def on_rung(rung, column):
     """What the ladder's runs of a column measured on a rung; [] where they do not climb it."""
-    if rung == 'inner LayerNorm in both cells' and column.startswith('H'):
-        rung = 'as run'  # they have it from the start
+    if rung == OF_BASELINE and column.startswith('H'):
+        rung = 'as run'
     label = f'{rung}, {column}'
     return learned(results('ladder', label)) if label in TABLES['ladder'].cells else []
 

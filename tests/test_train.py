@@ -262,6 +262,20 @@ def test_init_from_starts_from_a_finished_model(text):
         with pytest.raises(UserError, match='the model in out/run does not fit these settings'):
             train.main([*start_from, flag])
 
+@pytest.mark.parametrize('spoil, why', [
+    (lambda saved: saved['optimizer']['state'][0].update(exp_avg=torch.zeros(1)), 'its optimizer'),
+    (lambda saved: saved.update(model_class='papers.mistakes:NonCausal'), 'it is a papers.mistakes')
+    ], ids=['moments', 'variant'])
+def test_a_run_is_resumed_with_what_is_its_own(text, spoil, why):
+    """Fused AdamW would write beyond moments that are too small; and a variant would go on as
+    another model."""
+    train.main(flags(max_iters=2))
+    saved = load_checkpoint('out/run/last.pt')
+    spoil(saved)
+    save_checkpoint('out/run/last.pt', saved)
+    with pytest.raises(UserError, match=f'does not fit these settings .{why}'):
+        train.main([*RESUME, '--max_iters=4'])
+
 @pytest.mark.parametrize('path', sorted((ROOT / 'config').glob('[!_]*.py')), ids=lambda p: p.stem)
 def test_every_config_is_short_and_valid(path):
     """At most ten settings, an opening comment with a command, the papers' parameter counts (A:

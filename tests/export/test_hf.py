@@ -188,6 +188,12 @@ def test_padded_on_the_left_a_batch_continues_as_one_by_one(plain, tokenizer, ca
         alone = plain.generate(**tokenizer(prompt, return_tensors='pt'), **SHORT)
         assert torch.equal(row[-16:], alone[0, -16:])
 
+def test_beam_search_reorders_the_cache(plain):
+    """And finds a text that is at least as likely as the greedy one."""
+    found = [plain.generate(text(1), num_beams=n, do_sample=False, **SHORT) for n in (1, 4)]
+    losses = [plain(ids, labels=ids).loss for ids in found]
+    assert losses[1] <= losses[0]
+
 def test_padding_is_not_seen_and_chunks_are_causal(plain):
     """Several tokens continue a cache with padding in it: as in one pass, and none sees a later."""
     idx, real = text(3), torch.ones(3, 20, dtype=torch.int64)

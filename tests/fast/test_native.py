@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from decode import stream
+from decode import EXIT_MODES, exit_score, stream
 from fast import native
 from fast.packed import to_ternary
 from fast.speculate import draft_in_steps
@@ -90,6 +90,20 @@ def test_greedy_text_and_exits_are_the_models(make, kind, options):
     assert sum(a == b for a, b in zip(ours, theirs)) >= 3
     if kind == 'bitlinear' and 'exit_mode' in options:
         assert len({layer for _, layers in ours for layer in layers}) > 1  # not all at one layer
+
+@pytest.mark.parametrize('kind', ['exits without a norm', 'many words, a scale a row'])
+@pytest.mark.parametrize('mode', EXIT_MODES)
+def test_scores_are_the_models(make, kind, mode):
+    """A token leaves at a threshold a bit below its score in PyTorch, and stays a bit above."""
+    model, decoder = make(kind)
+    decoder = decoder()
+    for token in range(7, model.config.vocab_size, 40):
+        h = next(model.hidden_states(torch.tensor([[token]]))).detach()
+        score = exit_score(model, h, model.embedding(torch.tensor(token)), 0, mode).item()
+        for threshold, leaves in ((score * 0.99, True), (score * 1.01, False)):
+            decoder.length = 0
+            layer = decoder.step([token], exit_mode=mode, exit_threshold=threshold)[1]
+            assert (layer == 0) == (leaves == (score > 0)), (token, score)
 
 def test_saturation_is_at_most_one(make):
     """Blocks that do next to nothing: rounding took a cosine above 1, so tokens left at 1.0."""

@@ -10,7 +10,7 @@ import fast
 import quant
 from fast import native, triton_ternary
 from fast.packed import Int8Embedding, Int8Head, PackedLinear, load_packed, packed_state, to_ternary
-from model import BitSkip
+from model import BitSkip, BitSkipConfig
 from quant import BitLinear, activation_quant, weight_ternary
 
 HERE = 'tests.fast.test_packed'
@@ -113,6 +113,14 @@ def test_storage_round_trip(make_model, tokens, kind, head):
         restored = load_packed({'settings': vars(small.config), 'model': contents})
         assert torch.equal(restored(tokens())[0], small(tokens())[0])
         assert not restored.training and not any(p.requires_grad for p in restored.parameters())
+
+def test_storage_takes_1_61_bits_a_weight_and_62_mb_for_paper_a():
+    small = to_ternary(BitSkip(BitSkipConfig()))
+    state = packed_state(small)
+    codes = sum(state[f'{name}.codes'].numel() for name, layer in small.named_modules()
+                if isinstance(layer, PackedLinear))
+    assert codes * 8 / small.quantizable_parameters() <= 1.61
+    assert sum(t.nbytes for t in state.values()) <= 62e6
 
 def test_the_int8_head_costs_little_and_the_original_stays(make_model, tokens):
     model = make_model()
