@@ -24,12 +24,11 @@ def fwht(x):
     Any floating dtype (under autocast its products are in bfloat16, as all are), any leading shape,
     differentiable. ValueError if n is not a power of two."""
     n = require_pow2(x.shape[-1] if x.dim() else 0)
-    log_n = n.bit_length() - 1
-    a, b = 1 << log_n // 2, 1 << (log_n - log_n // 2)  # n = a b, as square as can be
+    a = 1 << (n.bit_length() - 1) // 2
+    b = n // a  # n = a b, as square as can be
     X = x.reshape(-1, a, b)
     H_b = signs(b, x.dtype, x.device) * n ** -0.5  # the whole scale: no sum outgrows a 16-bit float
-    Y = signs(a, x.dtype, x.device) @ (X @ H_b)  # H_a X H_b
-    return Y.reshape(x.shape)
+    return (signs(a, x.dtype, x.device) @ (X @ H_b)).reshape(x.shape)  # H_a X H_b
 
 def fwht_butterfly(x):
     """The same transform by its definition (B4): log2(n) rounds of sums and differences."""
@@ -44,8 +43,7 @@ def fwht_butterfly(x):
 
 def pad_to_pow2(x):
     """Pad of A3: zeros up to the next power of two, (..., k) -> (..., n)."""
-    k = x.shape[-1]
-    return F.pad(x, (0, next_pow2(k) - k))
+    return F.pad(x, (0, next_pow2(x.shape[-1]) - x.shape[-1]))
 
 def next_pow2(k):
     """The smallest power of two that is not below k >= 1."""
@@ -57,11 +55,13 @@ def require_pow2(n):
                          'pad_to_pow2 makes one')
     return n
 
-@functools.cache
+@torch.compiler.assume_constant_result  # for torch.compile, which does not see a cache
 def signs(n, dtype, device):
     """The +-1 matrix sqrt(n) H: (n, n)."""
-    with torch.inference_mode(False):  # one cached matrix serves training and inference
-        H = torch.ones(1, 1, dtype=dtype, device=device)
-        while len(H) < n:
-            H = torch.cat((torch.cat((H, H), 1), torch.cat((H, -H), 1)), 0)
-        return H
+    return cached_signs(n, dtype, device)
+
+@functools.cache
+def cached_signs(n, dtype, device):
+    with torch.inference_mode(False):  # one matrix serves training and inference
+        H_1 = torch.tensor([[1, 1], [1, -1]], dtype=dtype, device=device)
+        return functools.reduce(torch.kron, [H_1] * (n.bit_length() - 1), H_1[:1, :1])

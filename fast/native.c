@@ -26,8 +26,6 @@ words, and all 8 bits for the words within Decoder.margin of the likeliest.
 Threads. One of them leads: it runs the step as it is written below. Where there are many rows or
 heads, it lays them out in pieces for all to take. It never waits for a thread that has taken none.
 So on a busy machine, where helpers do not get to run, a step takes what it takes on one thread.
-(With OpenMP's regions, which end when all threads have come to their end, it took 5 to 100 times as
-long.)
 
 native.py fills in the structures below, and draws how the weights lie in memory.
 */
@@ -39,8 +37,9 @@ native.py fills in the structures below, and draws how the weights lie in memory
 #include <string.h>
 
 enum { LANES = 16 };                // partial sums of a sum of floats; rows in a block of weights
-enum { GROUP = 4 };                 // tokens that a kernel multiplies at a time
+enum { GROUP = 8 };                 // tokens that a kernel multiplies at a time, at most
 enum { CHUNK = 16 };                // tokens that share one reading of the weights
+enum { QUERIES = 2 };               // queries that share one reading of keys and values
 enum { AHEAD = 4096 };              // bytes: the next weights come while these are in use
 enum { SOME = 256 };                // logits of which exponentials are held at a time
 enum { NONE, LAYERNORM, RMSNORM };  // norms
@@ -200,10 +199,8 @@ static void normalize(float *restrict x, const float *restrict weight, int n, in
     float mean = kind == LAYERNORM ? sum(x, n) / n : 0;
     for (int i = 0; i < n; i++) x[i] -= mean;
     float r = 1 / sqrtf(dot(x, x, n) / n + eps);
-    if (weight)
-        for (int i = 0; i < n; i++) x[i] = x[i] * r * weight[i];
-    else
-        for (int i = 0; i < n; i++) x[i] *= r;
+    for (int i = 0; i < n; i++) x[i] *= r;
+    for (int i = 0; weight && i < n; i++) x[i] *= weight[i];
 }
 
 // (a, b) = (a + b, a - b).
@@ -283,11 +280,7 @@ static void kernel_portable(const uint8_t *w, int blocks, const int8_t *const *x
 #define AVX2 __attribute__((target("avx2")))
 #define AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")))
 
-INLINE int32_t four(const int8_t *x) {
-    int32_t bytes;
-    memcpy(&bytes, x, sizeof bytes);
-    return bytes;
-}
+typedef int32_t Four __attribute__((aligned(1), may_alias));  // bytes
 
 // vpdpbusd: every int32 lane += its four unsigned bytes times the four signed ones. `ways` sums a
 // token are under way at once: enough to hide the latency, few enough for the registers.
@@ -304,7 +297,7 @@ AVX512 INLINE void multiply_512(const uint8_t *w, int blocks, const int8_t *cons
             __m512i rows = _mm512_loadu_si512(bytes);
             rows = _mm512_and_si512(_mm512_srli_epi16(rows, bits * s % 8), mask);
             for (int t = 0; t < n; t++) {
-                __m512i q = _mm512_set1_epi32(four(x[t] + 16 * b + 4 * s));
+                __m512i q = _mm512_set1_epi32(*(const Four *)(x[t] + 16 * b + 4 * s));
                 total[t][s % ways] = _mm512_dpbusd_epi32(total[t][s % ways], rows, q);
             }
         }
@@ -315,25 +308,26 @@ AVX512 INLINE void multiply_512(const uint8_t *w, int blocks, const int8_t *cons
 }
 
 // Without VNNI, 8 rows at a time. The product of unsigned and signed bytes sums pairs of them in
-// int16. That is enough for codes up to 15, even for four pairs of them.
+// int16. That is enough for 16 blocks of ternary weights (64 sums of at most 508), and 2 of 4 bits.
 AVX2 INLINE void multiply_256(const uint8_t *w, int blocks, const int8_t *const *x, const int n,
                               const int bits, Sums *sums) {
     const __m256i mask = _mm256_set1_epi8((1 << bits) - 1), ones = _mm256_set1_epi16(1);
     for (int half = 0; half < 2; half++) {
         __m256i total[GROUP], pairs[GROUP];
         for (int t = 0; t < n; t++) total[t] = _mm256_setzero_si256();
-        for (int b = 0; b < blocks; b++) {
-            for (int s = 0; s < 4; s++) {
-                const uint8_t *bytes = w + 64 * (b * bits / 2 + s * bits / 8) + 32 * half;
-                if (bits * s % 8 == 0) __builtin_prefetch(bytes + AHEAD);
-                __m256i rows = _mm256_loadu_si256((const __m256i *)bytes);
-                rows = _mm256_and_si256(_mm256_srli_epi16(rows, bits * s % 8), mask);
-                for (int t = 0; t < n; t++) {
-                    __m256i q = _mm256_set1_epi32(four(x[t] + 16 * b + 4 * s));
-                    __m256i p = _mm256_maddubs_epi16(rows, q);
-                    pairs[t] = s ? _mm256_add_epi16(pairs[t], p) : p;
+        for (int b = 0, stop; b < blocks;) {
+            for (int t = 0; t < n; t++) pairs[t] = _mm256_setzero_si256();
+            for (stop = smaller(blocks, b + (bits == 2 ? 16 : 2)); b < stop; b++)
+                for (int s = 0; s < 4; s++) {
+                    const uint8_t *bytes = w + 64 * (b * bits / 2 + s * bits / 8) + 32 * half;
+                    if (bits * s % 8 == 0) __builtin_prefetch(bytes + AHEAD);
+                    __m256i rows = _mm256_loadu_si256((const __m256i *)bytes);
+                    rows = _mm256_and_si256(_mm256_srli_epi16(rows, bits * s % 8), mask);
+                    for (int t = 0; t < n; t++) {
+                        __m256i q = _mm256_set1_epi32(*(const Four *)(x[t] + 16 * b + 4 * s));
+                        pairs[t] = _mm256_add_epi16(pairs[t], _mm256_maddubs_epi16(rows, q));
+                    }
                 }
-            }
             for (int t = 0; t < n; t++)
                 total[t] = _mm256_add_epi32(total[t], _mm256_madd_epi16(pairs[t], ones));
         }
@@ -342,17 +336,19 @@ AVX2 INLINE void multiply_256(const uint8_t *w, int blocks, const int8_t *const 
 }
 
 // n and bits as constants, so that the loops unroll and the sums stay in registers.
-#define BY_COUNT(multiply, bits) \
-    (n == 1 ? multiply(w, blocks, x, 1, bits, sums) : \
-     n == 2 ? multiply(w, blocks, x, 2, bits, sums) : \
-     n == 3 ? multiply(w, blocks, x, 3, bits, sums) : multiply(w, blocks, x, 4, bits, sums))
-#define BY_BITS(multiply) bits == 2 ? BY_COUNT(multiply, 2) : BY_COUNT(multiply, 4)
-
+#define BY_BITS(multiply, n) \
+    (bits == 2 ? multiply(w, blocks, x, n, 2, sums) : multiply(w, blocks, x, n, 4, sums))
 AVX512 static void kernel_avx512(const uint8_t *w, int blocks, const int8_t *const *x, int n,
-                                 int bits, Sums *sums) { BY_BITS(multiply_512); }
+                                 int bits, Sums *sums) {
+    n > 4 ? BY_BITS(multiply_512, 8) : n > 2 ? BY_BITS(multiply_512, 4) :
+    n > 1 ? BY_BITS(multiply_512, 2) : BY_BITS(multiply_512, 1);
+}
 
 AVX2 static void kernel_avx2(const uint8_t *w, int blocks, const int8_t *const *x, int n, int bits,
-                             Sums *sums) { BY_BITS(multiply_256); }
+                             Sums *sums) {
+    if (n > 4) kernel_avx2(w, blocks, x + 4, n - 4, bits, sums + 4);
+    n > 2 ? BY_BITS(multiply_256, 4) : n > 1 ? BY_BITS(multiply_256, 2) : BY_BITS(multiply_256, 1);
+}
 #endif
 
 // -----------------------------------------------------------------------------------------------
@@ -418,10 +414,7 @@ static void idle(int spins) {
 // Do a task of so many pieces, with the help of who comes.
 static void share_out(Run *run, Task *task, int pieces) {
     run->task = task, run->pieces = pieces, team.run = run;
-    if (pieces == 1) {
-        task(run, 0, run->scratch);
-        return;
-    }
+    if (pieces == 1) return task(run, 0, run->scratch);
     atomic_store_explicit(&team.unfinished, pieces, memory_order_relaxed);
     unsigned offer = (unsigned)run->d->threads << 16 | (unsigned)pieces;
     atomic_store_explicit(&team.offer, offer, memory_order_release);
@@ -463,8 +456,8 @@ static void wake_helpers(int threads) {
 static int64_t lay_out(const Decoder *d, Run *run) {
     const Block *b = d->blocks;
     int C = up_to(LANES, d->n_embd), Q = up_to(LANES, b->qkv.rows), F = up_to(LANES, b->up.rows);
-    int X = larger(larger(b->qkv.cols, b->o.cols), larger(b->down.cols, d->block_size));
-    X = up_to(LANES, X);
+    int X = larger(larger(b->qkv.cols, b->o.cols), b->down.cols);
+    X = up_to(LANES, larger(X, QUERIES * up_to(LANES, d->block_size)));
     int64_t shared = (int64_t)CHUNK * (Q + C + F), floats = shared + (int64_t)d->threads * X + C;
     *run = (Run){.d = d, .C = C, .Q = Q, .F = F, .X = X, .slot_bytes = 64 + up_to(64, X)};
     if (d->workspace) {
@@ -504,9 +497,9 @@ INLINE void multiply_rows(Run *run, int i, int t, Kernel *kernel) {
     int n = smaller(GROUP, run->T - t);
     // what is stored: w + 1, or the upper halves of w + 128; of the lower ones 7.5 is the mean
     float unit = L->w_bits == 2 ? 1 : 16, excess = L->w_bits == 2 ? 1 : 120.5f;
-    const int8_t *x[GROUP] = {0};
+    const int8_t *x[GROUP];
     Sums sums[GROUP];
-    for (int j = 0; j < n; j++) x[j] = slot(run, t + j)->data;
+    for (int j = 0; j < GROUP; j++) x[j] = slot(run, t + smaller(j, n - 1))->data;  // at least n
     kernel(L->weights + (int64_t)i * blocks * 32 * L->w_bits, blocks, x, n, L->w_bits, sums);
     for (int j = 0; j < n; j++) {
         const Slot *s = slot(run, t + j);
@@ -553,28 +546,35 @@ static void rotate(const Decoder *d, float *x, int D, int position) {
     }
 }
 
-// One query over the first n positions: y (D) = softmax(q k / sqrt(D)) v, by way of p (n 16s).
-static void attend(const float *q, const float *k, const float *v, int n, int D, float *p,
-                   float *y) {
-    int width = up_to(LANES, D) / LANES;
-    const Lanes *keys = (const Lanes *)k;  // (n 16s / 16, D)
-    const Lanes *values = (const Lanes *)v;  // (n, width)
-    float scale = 1 / sqrtf(D);
+// m queries (m, D) over n positions: y (m, D) = softmax(q k / sqrt(D)) v, by way of p (m, n 16s).
+INLINE void attend(const float *q, const float *k, const float *v, int n, int D, const int m,
+                   float *p, float *y) {
+    int width = up_to(LANES, D) / LANES, N = up_to(LANES, n);
+    const Lanes *keys = (const Lanes *)k, *values = (const Lanes *)v;  // (n / 16, D), (n, width)
+    float scale = 1 / sqrtf(D), total[QUERIES];
     for (int i = 0; i < n; i += LANES, keys += D) {  // (what is behind n is never used)
-        Lanes even = {0}, odd = {0};
-        for (int j = 0; j < D; j += 2) even += q[j] * keys[j], odd += q[j + 1] * keys[j + 1];
-        *(Lanes *)(p + i) = (even + odd) * scale;
+        Lanes even[QUERIES] = {0}, odd[QUERIES] = {0};
+        for (int j = 0; j < D; j += 2)
+            for (int a = 0; a < m; a++)
+                even[a] += q[a * D + j] * keys[j], odd[a] += q[a * D + j + 1] * keys[j + 1];
+        for (int a = 0; a < m; a++) *(Lanes *)(p + a * N + i) = (even[a] + odd[a]) * scale;
     }
-    float largest = max(p, n);
-    for (int i = 0; i < n; i++) p[i] = exponential(p[i] - largest);
-    float total = sum(p, n);
+    for (int a = 0; a < m; a++) {
+        float largest = max(p + a * N, n);
+        for (int i = a * N; i < a * N + n; i++) p[i] = exponential(p[i] - largest);
+        total[a] = sum(p + a * N, n);
+    }
     for (int j = 0; j < width; j++) {
-        Lanes even = {0}, odd = {0};
+        Lanes even[QUERIES] = {0}, odd[QUERIES] = {0};
         for (int i = 0; i < n / 2 * 2; i += 2)
-            even += p[i] * values[i * width + j], odd += p[i + 1] * values[(i + 1) * width + j];
-        if (n % 2) even += p[n - 1] * values[(n - 1) * width + j];
-        even = (even + odd) / total;
-        memcpy(y + j * LANES, &even, smaller(LANES, D - j * LANES) * sizeof *y);
+            for (int a = 0; a < m; a++)
+                even[a] += p[a * N + i] * values[i * width + j],
+                odd[a] += p[a * N + i + 1] * values[(i + 1) * width + j];
+        for (int a = 0; a < m; a++) {
+            if (n % 2) even[a] += p[a * N + n - 1] * values[(n - 1) * width + j];
+            even[a] = (even[a] + odd[a]) / total[a];
+            memcpy(y + a * D + j * LANES, &even[a], smaller(LANES, D - j * LANES) * sizeof *y);
+        }
     }
 }
 
@@ -594,10 +594,11 @@ INLINE void attention(Run *run, int g, float *p) {
         memcpy(v + position * up_to(LANES, D), new_v, D * sizeof *v);
     }
     for (int t = 0; t < (run->has_left ? 0 : run->T); t++)
-        for (int i = g * queries; i < (g + 1) * queries; i++) {
-            float *q = run->qkv + t * run->Q + i * D;
-            rotate(d, q, D, run->start + t);
-            attend(q, k, v, run->start + t + 1, D, p, run->y + t * run->C + i * D);
+        for (int i = g * queries, m, n = run->start + t + 1; i < (g + 1) * queries; i += m) {
+            float *q = run->qkv + t * run->Q + i * D, *y = run->y + t * run->C + i * D;
+            m = smaller(QUERIES, (g + 1) * queries - i);
+            for (int a = 0; a < m; a++) rotate(d, q + a * D, D, n - 1);
+            m == 1 ? attend(q, k, v, n, D, 1, p, y) : attend(q, k, v, n, D, QUERIES, p, y);
         }
 }
 
@@ -726,10 +727,9 @@ static void read_out(Run *run, int T, const float *h, int layer, float *logits) 
     if (layer < run->d->n_layer - 1 && !run->d->normed_exits) head.norm_weight = NULL;
     run->T = T;
     linear(run, &head, h, run->C, logits, head.rows, 0);
-    for (int t = 0; t < T; t++) {
-        float largest = SETS[run->d->isa].max(logits + (int64_t)t * head.rows, head.rows);
-        run->least[t] = largest - run->d->margin;
-    }
+    for (int t = 0; t < T; t++)
+        run->least[t] = SETS[run->d->isa].max(logits + (int64_t)t * head.rows, head.rows)
+                        - run->d->margin;
     share_out(run, SETS[run->d->isa].refine, smaller(2 * run->d->threads, 1 + head.rows / 4096));
 }
 
