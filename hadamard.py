@@ -55,13 +55,9 @@ def require_pow2(n):
                          'pad_to_pow2 makes one')
     return n
 
-@torch.compiler.assume_constant_result  # for torch.compile, which does not see a cache
+@functools.cache
 def signs(n, dtype, device):
     """The +-1 matrix sqrt(n) H: (n, n)."""
-    return cached_signs(n, dtype, device)
-
-@functools.cache
-def cached_signs(n, dtype, device):
-    with torch.inference_mode(False):  # one matrix serves training and inference
+    with torch.inference_mode(False):  # one cached matrix serves training and inference
         H_1 = torch.tensor([[1, 1], [1, -1]], dtype=dtype, device=device)
         return functools.reduce(torch.kron, [H_1] * (n.bit_length() - 1), H_1[:1, :1])

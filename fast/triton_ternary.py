@@ -21,6 +21,7 @@ The first calls are slow: Triton compiles, and times the tile sizes below for ea
 from __future__ import annotations  # the kernel's annotations name Triton, which may be missing
 
 import functools
+import os
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +32,7 @@ try:
 except ImportError:
     triton = None
 
-INTERPRET = triton is not None and triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: no GPU
+INTERPRET = triton is not None and os.environ.get('TRITON_INTERPRET') == '1'  # without a GPU
 
 @functools.cache
 def available(device_type):
@@ -125,13 +126,12 @@ FEW_ROWS = [(1, 32, 64, 4), (1, 16, 128, 4), (1, 8, 128, 2), (1, 4, 256, 2), (1,
 MANY_ROWS = [(64, 64, 64, 4), (16, 64, 64, 4), (16, 32, 128, 4), (32, 64, 64, 4), (64, 128, 32, 4),
              (128, 64, 64, 8)]
 
-def tuned(tiles):
+@functools.cache
+def tuned(*tiles):  # (not before it is needed: Triton 3.2 then asks for a GPU)
     configs = [triton.Config(dict(BLOCK_M=m, BLOCK_N=n, BLOCK_J=j), num_warps=warps)
                for m, n, j, warps in tiles]
     kernel = triton.jit(ternary_kernel, do_not_specialize=['M', 'M_like'])  # one for all M
     return triton.autotune(configs[:1] if INTERPRET else configs, key=['M_like', 'N', 'K'])(kernel)
-
-few_rows, many_rows = (tuned(FEW_ROWS), tuned(MANY_ROWS)) if triton else (None, None)
 
 def ternary_matmul(x_codes, packed, K, x_scale=None, w_scale=None, dtype=torch.float32):
     """x_codes (M, K) int8, packed (N, ceil(K / 4)) uint8 -> y (M, N) int32, exactly.
@@ -153,7 +153,7 @@ def ternary_matmul(x_codes, packed, K, x_scale=None, w_scale=None, dtype=torch.f
         raise RuntimeError(reason)
     y = torch.empty(M, N, dtype=dtype if scales else torch.int32, device=x_codes.device)
     if y.numel():  # else there is nothing to run, or to time
-        kernel = few_rows if M < 16 else many_rows
+        kernel = tuned(*(FEW_ROWS if M < 16 else MANY_ROWS))
         M_like = min(1024, 1 << max(4, (M - 1).bit_length()))
         tensors = [t if t is None else t.contiguous() for t in (x_codes, packed, *scales, y)]
         if not scales:

@@ -104,7 +104,9 @@ TABLES = {
             ('a quarter', QUARTER), ('the length', ''), ('four times', ' config/cpu_long.py'))
         for label, command in RIVALS.items()}, 3, (RATE,)),
     'width': Table('widths 32 and 128, equal tokens per parameter',
-                   wider(RIVALS, 32, 250) | RIVALS | wider(RIVALS, 128, 4000), 3, (RATE,)),
+                   wider(RIVALS, 32, 250)
+                   | {f'{label}, width 64': command for label, command in RIVALS.items()}
+                   | wider(RIVALS, 128, 4000), 3, (RATE,)),
     'heads': Table("Paper A's recommendation", {
         'shared head': JOINT, 'own heads': f'{HEADS} --exit_head=own',
         'adapters': f'{HEADS} --exit_head=adapter',

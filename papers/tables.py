@@ -8,6 +8,7 @@ Print what was measured (papers/results), one table by name:
 Losses are of test text, ternary weights. "±" is the standard deviation over seeds. Brackets hold
 95% of 2,000 resamplings of documents and seeds (a paired bootstrap).
 """
+import functools
 import json
 import math
 import re
@@ -185,9 +186,37 @@ def rates_table():
         [label, *[number(ppl(r['val'])) for r in several]] for label, several in cells.items()
         if all(several)]
 
+def pairs_table(table):
+    """A row a length or width: joint exits beside the best model without exits."""
+    rows, labels = [], list(TABLES[table].cells)
+    for rival, exits in zip(labels[::2], labels[1::2]):
+        base, several = (learned(results(table, label)) for label in (rival, exits))
+        if base and several:
+            pairs = len({r['seed'] for r in base} & {r['seed'] for r in several})
+            rows.append([exits.split(', ')[-1], several[0]['steps'], pairs,
+                         *[spread([ppl(r['exits'][-1]) for r in runs]) for runs in (base, several)],
+                         ratio(several, base), exit_ratio(several, 11)])
+    return ['', 'steps', 'seeds', 'PPL of the best without exits', 'of joint exits', 'joint ×',
+            'one block less ×'], rows
+
+def paper_b_table():
+    """Paper B's Tables 3 to 5, in blocks: what leaving after 18 of 24 blocks costs and saves."""
+    header = ['cell', 'PPL', 'after 18 blocks', 'PPL +%', 'ratio to 33% speed', 'best exit',
+              'std of h, first and last block']
+    rows = []
+    for label in TABLES['B'].cells:
+        for r in learned(results('B', label)):
+            full, early = ppl(r['exits'][-1]), ppl(r['exits'][17])
+            worse = 100 * (early / full - 1)
+            rows.append([label, number(full), number(early), number(worse),
+                         number(worse / (100 * (24 / 18 - 1))), 1 + int(np.argmin(r['exits'])),
+                         f"{number(r['std'][0])}, {number(r['std'][-1])}"])
+    return header, rows
+
 MAKE = {'dead': dead_table, 'yardsticks': yardsticks_table, 'ladder': ladder_table,
         'as_run': as_run_table, 'as_run_exits': as_run_exits_table, 'alpha': alpha_table,
-        'exits': exits_table, 'rates': rates_table}
+        'exits': exits_table, 'rates': rates_table, 'B': paper_b_table,
+        **{table: functools.partial(pairs_table, table) for table in ('length', 'width')}}
 NAMES = (*MAKE, *[table for table in TABLES if table not in MAKE])
 
 def make(name):
