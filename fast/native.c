@@ -1,6 +1,6 @@
 /*
 A decode step of BitSkip in one C file: token ids in, logits out. native.py builds it, packs the
-weights and calls it.
+weights, draws how they lie in memory, fills in the structures below, and calls it.
 
 With one text a step is a few hundred products of a matrix with one vector. Each takes microseconds,
 but so does every call from Python. So here the whole step is one call. What remains is what has to
@@ -26,8 +26,6 @@ words, and all 8 bits for the words within Decoder.margin of the likeliest.
 Threads. One of them leads: it runs the step as it is written below. Where there are many rows or
 heads, it lays them out in pieces for all to take. It never waits for a thread that has taken none.
 So on a busy machine, where helpers do not get to run, a step takes what it takes on one thread.
-
-native.py fills in the structures below, and draws how the weights lie in memory.
 */
 #include <math.h>
 #include <pthread.h>
@@ -706,7 +704,9 @@ static void linear(Run *run, const Linear *L, const float *in, int in_stride, fl
     run->L = L, run->in = in, run->in_stride = in_stride;
     run->out = out, run->out_stride = out_stride, run->add = add;
     share_out(run, SETS[run->d->isa].prepare, run->T);
-    int pieces = smaller(2 * run->d->threads, up_to(LANES, L->rows) / LANES);
+    // pieces of some 10 microseconds: two million products each
+    int pieces = smaller(4096, (int)((int64_t)L->rows * L->cols * run->T >> 21));
+    pieces = smaller(larger(2 * run->d->threads, pieces), up_to(LANES, L->rows) / LANES);
     share_out(run, SETS[run->d->isa].multiply, pieces);
 }
 
