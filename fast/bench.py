@@ -372,12 +372,12 @@ def main(argv):
 def measure(name, figure, rounds, made, device):
     """Run a benchmark, and print it; what the report says of it: a dict."""
     functions = [f(shape, **changes) for f, shape, changes in made.values()]
-    seconds = take_turns(functions, rounds, device)
+    times = [changes.get('times', 1) for _, _, changes in made.values()]
+    seconds = [t / n for t, n in zip(take_turns(functions, rounds, device), times)]
     result = figure(*seconds)
     print(f'\n{name}: {result:.2f} ({figure.__doc__})')
     details = {}
     for (case, (f, shape, changes)), function, t in zip(made.items(), functions, seconds):
-        t /= changes.get('times', 1)
         if f is generation:
             details[case] = {'tokens/s': changes.get('n_tokens', 12) / t}
         elif f is training:

@@ -173,6 +173,8 @@ def test_what_cannot_be_packed_is_decoded_as_it_is(make_model, settings, why):
     model = make_model(**settings)
     same, decoder, how = fast.quick_decoder(model)
     assert same is model and decoder is None and how.startswith('PyTorch, weights as trained')
+    for layer in quant.bit_linears(same):  # W^ is found once
+        assert layer.ternary()[0] is layer.ternary()[0]
     with pytest.raises(ValueError, match=why):
         to_ternary(model)
 
