@@ -1,9 +1,10 @@
 """The benchmark runs on a small shape, and its product in C is the layer's."""
 import json
 
+import pytest
 import torch
 
-from fast import bench
+from fast import bench, native
 
 SHAPE = bench.SQUARE | dict(n_embd=32, ffn_dim=32, n_head=2, n_kv_head=2, n_layer=2,
                             block_size=32, batch_size=2)
@@ -19,10 +20,10 @@ def test_what_a_gpu_would_be_asked_runs_on_a_cpu(tmp_path, monkeypatch):
     assert ternary['launches'] > fp['launches'] > 50 and 0 < ternary['MFU'] < 1
     assert report['decode, x, once']['details']['ours']['tokens/s'] > 0
 
+@pytest.mark.skipif(not native.available()[0], reason=native.available()[1])
 def test_the_product_in_c_is_that_of_the_layer():
-    for tokens in (1, 37):
-        multiply = bench.product(SHAPE, tokens, times=1)
-        multiply()
-        x, y = multiply.keeps
-        expected = bench.build(SHAPE).blocks[0].attn.o(x)
-        torch.testing.assert_close(y, expected.detach(), rtol=1e-5, atol=1e-6)
+    multiply = bench.product(SHAPE, 37, times=1)
+    multiply()
+    x, y = multiply.keeps
+    expected = bench.build(SHAPE).blocks[0].attn.o(x).detach()
+    torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-6)
