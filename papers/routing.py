@@ -7,8 +7,8 @@ Why the routing loss (A9) costs what it costs: keep its gradient from the blocks
 
 A9 trains the gates, and through them the blocks: a block can make its gate's work easier by
 changing what all later blocks read. `Detached` trains the gates alone. In `Clipped` the blocks
-learn from A9, too, but what comes back to a state is no longer than CLIP. `gradients` compares, step
-by step, what the blocks get of A9 and of the cross-entropy (papers/results/gradients.json).
+learn from A9, too, but what comes back to a state is no longer than CLIP. `gradients` compares, in
+the first steps, what blocks get of A9 and of the cross-entropy (papers/results/gradients.json).
 """
 import json
 import time
