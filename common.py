@@ -5,12 +5,10 @@ import itertools
 import os
 import secrets
 import signal
-import sys
 
 os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')  # idle threads sleep; torch must come later
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
-from filelock import FileLock, Timeout  # noqa: E402  (torch requires it)
 
 from configurator import UserError  # noqa: E402
 
@@ -56,20 +54,9 @@ def keep_freed_memory():
         mallopt(-1, 2 ** 31 - 1)  # M_TRIM_THRESHOLD
 
 def say(*text):
-    """print, in the main process. When the reader of our output (head) has gone, go on."""
-    try:
-        if os.environ.get('RANK', '0') == '0':
-            print(*text, flush=True)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-def read_text_strict(path):
-    """The text of a file, or of stdin for '-', which must be UTF-8."""
-    try:
-        with open(0 if path == '-' else path, 'rb', closefd=path != '-') as file:
-            return file.read().decode()
-    except UnicodeDecodeError as error:
-        raise UserError(f'{path} is not UTF-8 text: see byte {error.start}') from None
+    """print, in the main process."""
+    if os.environ.get('RANK', '0') == '0':
+        print(*text, flush=True)
 
 def require_suffix(flag, path, suffix):
     """`path`, unless it names another kind of file: a model, say, that would be overwritten."""
@@ -97,21 +84,6 @@ def atomic_write(path, mode='wb'):
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(aside)
-
-@contextlib.contextmanager
-def exclusive(path, wait=True):
-    """with exclusive(path) as mine: one process at a time is in here, by the file `path`.lock.
-    The others wait, or, with wait=False, come in with mine False. A dead process holds nothing."""
-    os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
-    lock = FileLock(f'{path}.lock', blocking=wait)
-    with contextlib.suppress(Timeout):
-        lock.acquire()
-    try:
-        yield lock.is_locked
-    finally:
-        if lock.is_locked:
-            os.unlink(lock.lock_file)
-            lock.release()
 
 def move_aside(path):
     """Rename a file or folder to the first free of path.1, path.2, ... and return that name."""

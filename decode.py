@@ -8,12 +8,11 @@ block above, and nothing else ("state propagation", CALM, Schuster et al., 2022)
     exit_layer = k              every token leaves after block k
     exit_mode = 'gate'          at the first l with p_l > threshold (A6)
     exit_mode = 'confidence'    at the first l whose likeliest token has more probability (CALM)
-    exit_mode = 'saturation'    at the first l with cos(h_l, h_{l-1}) > threshold: little changed
 """
 import torch
 import torch.nn.functional as F
 
-EXIT_MODES = ('gate', 'confidence', 'saturation')
+EXIT_MODES = ('gate', 'confidence')
 
 class KVCache:
     """Keys and values of all tokens so far: k and v (L, B, n_kv_head, block_size, head_dim).
@@ -120,7 +119,7 @@ def require_exits(exit_mode, has_gates):
     if exit_mode not in (None, *EXIT_MODES):
         raise ValueError(f'exit_mode is one of {", ".join(EXIT_MODES)}, got {exit_mode!r}')
     if exit_mode == 'gate' and not has_gates:
-        raise ValueError("this model has no gates; exit_mode='saturation' needs none")
+        raise ValueError("this model has no gates; exit_mode='confidence' needs none")
 
 def require_sampling(idx, temperature, top_k):
     """ValueError if these cannot be sampled with."""
@@ -171,24 +170,21 @@ def step_with_exits(model, idx, cache, last, mode, threshold):
     inside = torch.ones(len(idx), dtype=torch.bool, device=idx.device)
     for layer in range(last + 1):
         block, rows = model.blocks[layer], inside.nonzero().squeeze(1)
-        before = h[rows, 0]  # (rows, C)
         if len(rows) < len(h):  # state propagation: who has left leaves no hole in the cache
             gone = (~inside).nonzero().squeeze(1)
             block.remember(h[gone], rope, cache.layer(layer, gone))
         if len(rows):
             h = h.index_copy(0, rows, block(h[rows], rope, cache.layer(layer, rows)))
         if layer < last and len(rows):
-            leaving = rows[exit_score(model, h[rows, 0], before, layer, mode) > threshold]
+            leaving = rows[exit_score(model, h[rows, 0], layer, mode) > threshold]
             layers[leaving], inside[leaving] = layer, False
     cache.advance(1, depth=last + 1)
     read = [model.exit_state(h[i, 0], layer) for i, layer in enumerate(layers.tolist())]
     return model.head(torch.stack(read)), layers
 
-def exit_score(model, h, before, layer, mode):
-    """How ready states h (..., C) after block `layer` (and `before` it) are to leave: (...)."""
+def exit_score(model, h, layer, mode):
+    """How ready states h (..., C) after block `layer` are to leave: (...)."""
     if mode == 'gate':
         return model.gates[layer](h)  # A6
-    if mode == 'saturation':  # (rounding may exceed 1)
-        return F.cosine_similarity(h.float(), before.float(), dim=-1).clamp(max=1)
     logits = model.head(model.exit_state(h, layer)).float()
     return F.softmax(logits, dim=-1).amax(dim=-1)  # CALM

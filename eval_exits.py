@@ -3,7 +3,6 @@ What a trained model can do at each of its exits, and what its ternary weights l
 
     python eval_exits.py                            the newest run, on its test text
     python eval_exits.py --out_dir=out/... --json=exits.json --split=val
-    python eval_exits.py --lens='def main(argv):'       token by layer, as a picture and a page
 
 Prints, and writes as JSON:
 
@@ -34,7 +33,7 @@ from tqdm import tqdm
 from configurator import check, configure, run, side_room
 from decode import stream
 from exits import expected_exit_layer
-from prepare import data_of, get_tokenizer
+from prepare import data_of
 from quant import bit_linears, latent_weights
 
 def windows(tokens, block_size, batch_size):
@@ -202,7 +201,6 @@ class EvalSettings:
     device: str = 'auto'  # auto, cpu, cuda, cuda:1, mps
     packed: bool = True  # time decoding by fast/, and measure what its packed weights cost
     json: str = ''  # where to write the figures; empty: eval.json in the run's folder
-    lens: str = ''  # a text: draw what each exit predicts of it, as a picture and a page, instead
 
     def __post_init__(self):
         check(self, {'batch_size': (1, 2 ** 20)})
@@ -213,9 +211,6 @@ def main(argv):
     out_dir = find_run(s.out_dir)
     path = require_suffix('--json', s.json or os.path.join(out_dir, 'eval.json'), '.json')
     model, settings = open_model(run_file(out_dir, s.checkpoint), pick_device(s.device))
-    if s.lens:
-        tokenizer = get_tokenizer(settings['meta']['tokenizer'])
-        return side_room('exercises.lens', True).lens(model, tokenizer, s.lens, out_dir)
     split = s.split or ('test' if 'test' in settings['meta']['splits'] else 'val')
     meta, tokens = data_of(settings, split)
     layers = list(range(model.config.n_layer))

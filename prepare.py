@@ -14,7 +14,6 @@ needs no network: it is the 9 MB of docstrings that every installation of PyTorc
 import ast
 import contextlib
 import dataclasses
-import glob
 import hashlib
 import json
 import os
@@ -23,18 +22,18 @@ import re
 import shutil
 import warnings
 
-from common import exclusive, move_aside, read_text_strict, say
+from common import move_aside, say
+from filelock import FileLock  # torch requires it
 import numpy as np
 import torch
 from tqdm import tqdm
 
 from configurator import UserError, configure, run
 
-FORMAT = 2  # raise it when the same input gives other files: then all is prepared anew
+FORMAT = 3  # raise it when the same input gives other files: then all is prepared anew
 HUB = {'wikitext2': 'Salesforce/wikitext:wikitext-2-raw-v1',  # repository:configuration
        'tinystories': 'roneneldan/TinyStories'}
 SPLITS = {'train': 'train', 'validation': 'val', 'test': 'test'}  # the hub's names, and ours
-TABLES = {'.parquet': 'parquet', '.jsonl': 'json', '.json': 'json'}  # with a column `text`
 PIECE = re.compile(r'(?s).{1,1000000}(?:\n|\Z)|.{1,1000000}')  # a megabyte, to a line's end
 NOT_DOCS = {'test', 'tests', 'idle_test', 'testing', 'site-packages', 'dist-packages'}
 
@@ -117,8 +116,8 @@ def docstrings(node, name=''):
 
 def read_files(path):
     """One's own text. The first 80% of each file are train, 10% val and 10% test. A document is
-    the part of a file in a split, or a row of a table."""
-    endings, found = ('.txt', '.md', '.rst', *TABLES), walk(path)
+    the part of a file in a split."""
+    endings, found = ('.txt', '.md', '.rst'), walk(path)
     files = [file for file in found if os.path.isfile(file) and os.path.getsize(file)
              and (file == path or file.endswith(endings))]
     if not files:
@@ -126,10 +125,11 @@ def read_files(path):
     left_out = sorted(os.path.relpath(file, path) for file in {*found} - {*files})
     say(f'{path}: texts read: {len(files)}; left out: {len(left_out)}', *left_out[:4])
     for file in files:
-        if kind := TABLES.get(os.path.splitext(file)[1]):
-            yield from read_rows(file, kind, data_files=file)
-            continue
-        text = read_text_strict(file)
+        try:
+            with open(file, 'rb') as opened:
+                text = opened.read().decode()
+        except UnicodeDecodeError as error:
+            raise UserError(f'{file} is not UTF-8 text: see byte {error.start}') from None
         a, b = len(text) * 8 // 10, len(text) * 9 // 10
         a, b = text.rfind('\n', 0, a) + 1 or a, text.rfind('\n', a, b) + 1 or b  # at a line's end
         for split, start, stop in ('train', 0, a), ('val', a, b), ('test', b, len(text)):
@@ -194,36 +194,22 @@ class GPT2(Bytes):
         return self.bpe.decode_bytes([int(i) for i in ids])
 
 # ---- prepared folders ----
-def prepare(dataset, tokenizer='', source='', data_dir='data'):
+def prepare(dataset, tokenizer='', source='', data_dir='data', anew=False):
     """Prepare a data set, unless that has been done, and return its folder."""
     tokenizer = tokenizer or ('bytes' if dataset == 'pydocs' else 'gpt2')
     folder, pieces = folder_of(dataset, tokenizer, data_dir), documents(dataset, source)
-    inputs = python_packages() if dataset == 'pydocs' else walk(dataset) or walk(source)
-    meta = {'dataset': dataset, 'fingerprint': fingerprint(*inputs),
-            'source': ', '.join(inputs) if dataset == 'pydocs' else source or dataset}
-    if not is_prepared(folder, meta):
-        with exclusive(folder):
-            if not is_prepared(folder, meta):  # by another process meanwhile
-                return build(folder, meta, pieces, get_tokenizer(tokenizer))
-    say(f'{folder} is up to date')
+    meta = {'format': FORMAT, 'dataset': dataset}
+    with FileLock(f'{folder}.lock'):  # one process at a time
+        if anew or not meta.items() <= load_meta(folder).items():
+            source = ', '.join(python_packages()) if dataset == 'pydocs' else source or dataset
+            build(folder, meta | {'source': source}, pieces, get_tokenizer(tokenizer))
+        else:
+            say(f'{folder} is there; python prepare.py --dataset={dataset} would make it anew')
     return folder
 
 def folder_of(dataset, tokenizer, data_dir):
     name = os.path.splitext(os.path.basename(os.path.abspath(dataset)))[0]
     return os.path.join(data_dir, f'{name}-{tokenizer}')
-
-def fingerprint(*inputs):
-    """Changes with its inputs, paths (and their files) or names. Without any, a prefix of all."""
-    files = [(path, os.stat(path)) for path in inputs if os.path.exists(path)]
-    states = [(path, stat.st_size, stat.st_mtime_ns) for path, stat in files]
-    return f'{FORMAT} ' + hashlib.sha256(repr((inputs, states)).encode()).hexdigest() * bool(inputs)
-
-def is_prepared(folder, meta):
-    """Whether the folder is whole, and of the text that `meta` tells of."""
-    found = load_meta(folder)
-    with contextlib.suppress(UserError):
-        [load_tokens(folder, split) for split in found.get('splits', SPLITS)]
-        return found['fingerprint'].startswith(meta['fingerprint'])
 
 def build(folder, meta, pieces, tok):
     """Write a folder aside and rename it: it is whole, or not there. An older text is kept."""
@@ -245,7 +231,6 @@ def build(folder, meta, pieces, tok):
         shutil.rmtree(aside, ignore_errors=True)
     counts = [f"{split} {count['tokens']:,} tokens" for split, count in splits.items()]
     say(f"prepared {folder}:\n  {', '.join(counts)}")
-    return folder
 
 def write_splits(folder, dataset, pieces, tok):
     """Tokenize into <folder>/<split>.bin. Returns what meta.json tells of each split."""
@@ -288,20 +273,19 @@ def load_tokens(folder, split):
                     f"--dataset={meta['dataset']} --tokenizer={meta['tokenizer']} again")
 
 def data_of(settings, split='val'):
-    """(meta, tokens of a split) for a run: its settings, with its meta. The run gets the tokens
-    that it was trained on, even if the text has changed since. If they are gone, this is said."""
+    """(meta, tokens of a split) for a run: its settings, with its meta. If the text is not the one
+    that the run was trained on, this is said."""
     saved = {key: settings[key] for key in vars(Settings()) if key in settings}
-    s, own = configure(Settings, [], saved), settings['meta']['splits']
-    folder = folder_of(s.dataset, settings['meta']['tokenizer'], s.data_dir)
-    found = [folder, *sorted(glob.glob(f'{glob.escape(folder)}.*'))]  # build moves old ones there
-    kept = [path for path in found if load_meta(path).get('splits') == own]
-    folder = kept[0] if kept else prepare(**vars(s))
-    if load_meta(folder)['splits'] != own:
+    s = configure(Settings, [], saved | {'tokenizer': settings['meta']['tokenizer']})
+    folder = folder_of(s.dataset, s.tokenizer, s.data_dir)
+    if not load_meta(folder):
+        prepare(**vars(s))
+    if load_meta(folder).get('splits') != settings['meta']['splits']:
         say(f'note: {folder} is not the text that this model was trained on')
     return load_meta(folder), load_tokens(folder, split)
 
 def main(argv):
-    prepare(**vars(configure(Settings, argv)))
+    prepare(**vars(configure(Settings, argv)), anew=True)
 
 if __name__ == '__main__':
     run(main)

@@ -6,7 +6,6 @@ Generate text from a trained model.
     python sample.py --exit_mode=confidence --exit_threshold=0.9 --show_exits
     python sample.py --draft_layer=2 --draft_len=4          full depth's text, drafted by block 2
     python sample.py --prompt='Return the' --temperature=0
-    echo 'Return the' | python sample.py --prompt_file=-    prompt from stdin, or from a file
 """
 import codecs
 import sys
@@ -15,7 +14,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from checkpoint import find_run, open_model, run_file
-from common import pick_device, read_text_strict
+from common import pick_device
 import torch
 
 from configurator import UserError, check, configure, run, side_room
@@ -30,14 +29,13 @@ class SampleSettings:
     out_dir: str = ''  # the run to sample from; empty: the newest
     checkpoint: str = ''  # the file in its folder; empty: ckpt.pt, or else packed.pt
     prompt: str = ''  # the text to continue; empty: start a new document
-    prompt_file: str = ''  # read the prompt from this file instead, - for stdin
     num_samples: int = 1  # how many texts to write
     max_new_tokens: int = 300  # how many tokens to generate, at most: a text may end before
     temperature: float = 0.8  # 0 takes the likeliest token, 1 samples as the model says
     top_k: int | None = None  # choose among the k likeliest tokens only
     exit_layer: int | None = None  # the deepest block to run; none: all
-    exit_mode: Literal['none', 'gate', 'confidence', 'saturation'] = 'none'  # leave when ready
-    exit_threshold: float = 0.5  # leave when gate, largest probability or similarity exceeds it
+    exit_mode: Literal['none', 'gate', 'confidence'] = 'none'  # leave when ready
+    exit_threshold: float = 0.5  # leave when the gate or the largest probability exceeds it
     show_exits: bool = False  # colour each token by the layer that it left at
     draft_layer: int | None = None  # speculative decoding: this exit drafts, full depth checks
     draft_len: int = 4  # how many tokens a pass drafts
@@ -48,8 +46,6 @@ class SampleSettings:
     def __post_init__(self):
         check(self, {'num_samples': (1, 2 ** 20), 'max_new_tokens': (0, 2 ** 40),
                      'seed': (0, 2 ** 62)})
-        if self.prompt and self.prompt_file:
-            raise ValueError('--prompt and --prompt_file both give a prompt; choose one')
         if self.draft_layer is not None and (self.exit_layer, self.exit_mode) != (None, 'none'):
             raise ValueError('--draft_layer checks each token at full depth, so it goes without '
                              '--exit_layer and --exit_mode')
@@ -57,13 +53,12 @@ class SampleSettings:
 def main(argv):
     s = configure(SampleSettings, argv)
     device, drafts = pick_device(s.device), s.draft_layer is not None
-    prompt = read_text_strict(s.prompt_file) if s.prompt_file else s.prompt
     model, settings = open_model(run_file(find_run(s.out_dir), s.checkpoint), device)
     tokenizer = get_tokenizer(settings['meta']['tokenizer'])
     if tokenizer.vocab_size != model.config.vocab_size:
         raise UserError(f'this model has {model.config.vocab_size} tokens, its tokenizer '
                         f'{tokenizer.name} {tokenizer.vocab_size}: they do not belong together')
-    ids = list(tokenizer.encode(prompt)) or [tokenizer.eot]
+    ids = list(tokenizer.encode(s.prompt)) or [tokenizer.eot]
     if len(ids) > model.config.block_size:
         print(f'the model sees the last {model.config.block_size} tokens of {len(ids)} only')
     decoder, how, fast = None, 'PyTorch', side_room('fast', required=drafts)
@@ -87,7 +82,7 @@ def main(argv):
         except ValueError as error:
             raise UserError(str(error)) from None
         print('-' * 79 + '\n' if n else '', end='')
-        show(prompt, steps, tokenizer, model.config.n_layer, s.show_exits)
+        show(s.prompt, steps, tokenizer, model.config.n_layer, s.show_exits)
 
 def show(prompt, steps, tokenizer, n_layer, show_exits):
     """Print the prompt and its continuation as it comes, to the end of the text, and a summary.

@@ -19,9 +19,10 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
 from typing import Literal
 
-from common import (Processes, atomic_write, autocast, can_compile, exclusive, interrupts,
-                    keep_freed_memory, move_aside, pick_device, pick_dtype, say)  # before torch
+from common import (Processes, atomic_write, autocast, can_compile, interrupts, keep_freed_memory,
+                    move_aside, pick_device, pick_dtype, say)  # before torch
 import numpy as np
+from filelock import FileLock, Timeout
 import torch
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
@@ -222,25 +223,22 @@ def train(s, saved, Model):
 
 # ---- a run on disk ----
 
-def path(s, name):
-    return os.path.join(s.out_dir, name)
-
 def save(name, model, s, meta, progress, optimizer=None):
-    progress['log_size'] = os.path.getsize(path(s, 'log.jsonl'))
+    progress['log_size'] = os.path.getsize(f'{s.out_dir}/log.jsonl')
     state = {'model': model.state_dict(), 'model_class': class_name(type(model)),
              'settings': asdict(s), 'meta': meta, 'progress': dict(progress)}
     state |= {'optimizer': optimizer.state_dict()} if optimizer is not None else {}
-    save_checkpoint(path(s, name), state)
+    save_checkpoint(f'{s.out_dir}/{name}', state)
 
 def log(s, **metrics):
-    with open(path(s, 'log.jsonl'), 'a', encoding='utf-8') as file:
+    with open(f'{s.out_dir}/log.jsonl', 'a', encoding='utf-8') as file:
         file.write(json.dumps(metrics) + '\n')
 
 def start(s, meta):
     """The folder of a new run. A run that is there already is moved aside, never overwritten."""
-    if os.path.exists(path(s, 'ckpt.pt')) or os.path.exists(path(s, 'last.pt')):
+    if os.path.exists(f'{s.out_dir}/ckpt.pt') or os.path.exists(f'{s.out_dir}/last.pt'):
         say(f'{s.out_dir} held an earlier run, which is now in {move_aside(s.out_dir)}')
-    with atomic_write(path(s, 'log.jsonl'), 'w') as file:
+    with atomic_write(f'{s.out_dir}/log.jsonl', 'w') as file:
         file.write(json.dumps({'settings': asdict(s), 'meta': meta}) + '\n')
 
 def start_from(model, saved, s):
@@ -268,8 +266,8 @@ def resume(model, optimizer, saved, s, is_main):
                 raise ValueError('its optimizer is for other parameters')
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         why = ' '.join(str(error).split())[:120]
-        raise UserError(f'{path(s, "last.pt")} does not fit these settings ({why})') from None
-    log_path, size = path(s, 'log.jsonl'), saved['progress'].get('log_size', math.inf)
+        raise UserError(f'{s.out_dir}/last.pt does not fit these settings ({why})') from None
+    log_path, size = f'{s.out_dir}/log.jsonl', saved['progress'].get('log_size', math.inf)
     if is_main and os.path.exists(log_path) and os.path.getsize(log_path) > size:
         os.truncate(log_path, size)  # the rest is logged again
     return dict(saved['progress'])
@@ -303,9 +301,9 @@ def load_data(s, saved):
 
 def require_finite(s, found, *numbers):
     if not all(map(math.isfinite, numbers)):
-        kept = os.path.exists(path(s, 'last.pt'))
+        kept = os.path.exists(f'{s.out_dir}/last.pt')
         raise UserError(f'{found} = {", ".join(map(str, numbers))}: training has diverged; '
-                       f'{path(s, "last.pt") + " is whole" if kept else "nothing is saved"}; try a '
+                       f'{s.out_dir + "/last.pt is whole" if kept else "nothing is saved"}; try a '
                        f'lower --learning_rate than {s.learning_rate:g} or a longer --warmup_iters')
 
 def describe(meta, loss):
@@ -329,11 +327,12 @@ def main(argv, Settings=TrainSettings, Model=BitSkip):
     if s.n_embd >= 512 and pick_device(s.device).type == 'cpu':
         say('a model of this size trains for days on a CPU; add config/cpu.py to train for minutes')
     is_main = os.environ.get('RANK', '0') == '0'
-    with exclusive(s.out_dir, wait=False) if is_main else nullcontext(True) as mine:
-        if not mine:
-            raise UserError(f'{s.out_dir} is being trained by another process; wait until it ends, '
-                            'or name another folder: --out_dir=...')
-        return train(s, saved, Model)
+    try:
+        with FileLock(f'{s.out_dir}.lock', blocking=False) if is_main else nullcontext():
+            return train(s, saved, Model)
+    except Timeout:
+        raise UserError(f'{s.out_dir} is being trained by another process; wait until it ends, or '
+                        'name another folder: --out_dir=...') from None
 
 if __name__ == '__main__':
     run(main)

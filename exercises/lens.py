@@ -4,14 +4,13 @@ A lens on one text: what would each exit say next, and where would each rule let
     python -m exercises.lens --text='def main():'             the newest run
     python -m exercises.lens --text='Return' --out_dir=out/... --confidence=0.8 --to=slides
 
-Prints a table, and writes lens.png and lens.html. The page needs no network; its cells open under
-the mouse. A column is a token that was read, a row is an exit, and a cell holds the likeliest next
-token there. The darker it is, the surer. A rule lets a token go at the first exit where its score
-is above the rule's threshold:
+Prints a table, and writes lens.html. The page needs no network; its cells open under the mouse. A
+column is a token that was read, a row is an exit, and a cell holds the likeliest next token there.
+The darker it is, the surer. A rule lets a token go at the first exit where its score is above the
+rule's threshold:
 
     gate          p_l of A6, if it was trained
     confidence    the largest probability
-    saturation    cos(h_l, h_{l-1})
 
 All states are those of full depth, as if no earlier token had left. (In decode.py a token that has
 left hands on the state that it left with, so later ones may leave elsewhere.)
@@ -29,10 +28,9 @@ from configurator import UserError, check, configure, run
 from decode import EXIT_MODES, exit_score
 from prepare import get_tokenizer
 
-MOST, ON_SLIDE, TOP = 64, 24, 5  # tokens that are looked at, and drawn; guesses that are kept
-THRESHOLDS = {'gate': 0.5, 'confidence': 0.5, 'saturation': 0.98}
-RULES = {'gate': ('G', '#D55E00', 'o'), 'confidence': ('C', '#009E73', '^'),
-         'saturation': ('S', '#CC79A7', 's')}  # letter, colour (safe for all eyes), marker
+MOST, TOP = 64, 5  # tokens that are looked at; guesses that are kept
+THRESHOLDS = {'gate': 0.5, 'confidence': 0.5}
+RULES = {'gate': ('G', '#D55E00'), 'confidence': ('C', '#009E73')}  # letter and colour
 
 
 @dataclass
@@ -67,15 +65,14 @@ def look(model, tokenizer, text, thresholds=THRESHOLDS):
     idx = torch.tensor([ids[:n]], device=model.device)
     trained = len(model.gates) and model.config.lambda_r
     scores = {rule: [] for rule in EXIT_MODES if rule != 'gate' or trained}
-    words, p, before = [], [], model.embed(idx)
+    words, p = [], []
     for layer, h in enumerate(model.hidden_states(idx)):
         chances = model.head(model.exit_state(h, layer))[0].float().softmax(dim=-1)  # (T, V)
         best = chances.topk(min(TOP, chances.shape[-1]))
         p.append(best.values.tolist())
         words.append([[word(tokenizer, i) for i in row] for row in best.indices.tolist()])
         for rule in scores if layer < L - 1 else ():
-            scores[rule].append(exit_score(model, h, before, layer, rule)[0].tolist())
-        before = h
+            scores[rule].append(exit_score(model, h, layer, rule)[0].tolist())
     model.train(was_training)
     leaves = {rule: [next((l for l in range(L - 1) if by_layer[l][t] > thresholds[rule]),
                           L - 1) for t in range(n)] for rule, by_layer in scores.items()}
@@ -128,60 +125,6 @@ def fit(text, most):
     while columns(text) > most:
         text = text[:-1]
     return text
-
-
-# --------------------------------------------------------------------------------------------------
-# the picture
-
-def draw(lens, path):
-    """The first ON_SLIDE tokens as a PNG."""
-    from matplotlib.figure import Figure  # without pyplot: a notebook keeps its own backend
-    from matplotlib.patches import Rectangle
-    T, L = min(len(lens.tokens), ON_SLIDE), len(lens.words)
-    figure = Figure(figsize=(max(7, 1.8 + 0.6 * T), 2 + 0.5 * L), layout='constrained')
-    axes = figure.subplots()
-    axes.grid(False)  # whatever a notebook has set
-    axes.pcolormesh([[lens.p[l][t][0] for t in range(T)] for l in range(L)], cmap='Blues',
-                    vmin=0, vmax=1, edgecolors='white', linewidth=1.5)
-    style = dict(ha='center', va='center', parse_math=False, family='DejaVu Sans Mono')
-    for layer, t in lens.cells:
-        if t < T:
-            right = lens.words[layer][t][0] == lens.following[t]
-            axes.text(t + 0.5, layer + 0.58, printable(lens.words[layer][t][0], 5), **style,
-                      fontsize=12, weight='bold' if right else 'normal',
-                      color='white' if lens.p[layer][t][0] > 0.6 else 'black')
-            if right:
-                axes.add_patch(Rectangle((t + 0.06, layer + 0.06), 0.88, 0.88, fill=False,
-                                         edgecolor='#009E73', linewidth=2))
-    for place, (rule, leaves) in enumerate(lens.leaves.items()):
-        at = [(t + 0.25 * (place + 1), l + 0.2) for t, l in enumerate(leaves[:T]) if l < L - 1]
-        label, (_, colour, marker) = f'{rule} > {lens.thresholds[rule]:g}', RULES[rule]
-        axes.plot([x for x, _ in at], [y for _, y in at], marker, color=colour, markersize=8,
-                  markeredgecolor='white', label=label)
-    for t in range(T):
-        axes.text(t + 0.5, L + 0.35, printable(lens.following[t], 6), **style, fontsize=12)
-    axes.text(-0.2, L + 0.35, 'next', ha='right', va='center', fontsize=12, color='#555555')
-    axes.set_xticks([t + 0.5 for t in range(T)], [printable(w, 6) for w in lens.tokens[:T]],
-                    family='DejaVu Sans Mono', fontsize=12, parse_math=False)
-    axes.set_yticks([l + 0.5 for l in range(L)], range(L), fontsize=12)
-    axes.set(ylim=(0, L + 0.7), frame_on=False)
-    axes.tick_params(length=0)
-    axes.set_ylabel('exit after block', fontsize=13)
-    axes.set_xlabel('token that was read', fontsize=13)
-    axes.set_title('The likeliest next token at each exit (green frame: right; dark: sure)',
-                   fontsize=15)
-    figure.legend(loc='outside lower center', ncols=3, frameon=False, fontsize=12,
-                  title='a token without a mark goes through all blocks; others leave at')
-    with atomic_write(path) as file:
-        figure.savefig(file, format='png', dpi=150)
-
-
-def printable(text, most):
-    """As far as matplotlib's own font has it."""
-    from matplotlib import font_manager
-    font = font_manager.get_font(font_manager.findfont('DejaVu Sans Mono'))
-    known = font.get_charmap()
-    return ''.join(c if ord(c) in known else '·' for c in text[:most])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -260,8 +203,8 @@ def html_cell(lens, layer, t, left, up):
 # --------------------------------------------------------------------------------------------------
 
 def lens(model, tokenizer, text, folder, thresholds=THRESHOLDS):
-    """Look at the text, print the table, and write lens.png and lens.html into the folder. Returns
-    the Lens. UserError if there is no text."""
+    """Look at the text, print the table, and write lens.html into the folder. Returns the Lens.
+    UserError if there is no text."""
     seen = look(model, tokenizer, text, thresholds)
     n, given = len(seen.tokens), len(list(tokenizer.encode(text)))
     if n < given:
@@ -270,11 +213,10 @@ def lens(model, tokenizer, text, folder, thresholds=THRESHOLDS):
     print('the likeliest next token at each exit, its probability in % below it, and the exit where'
           f'\na token leaves by {rules}')
     print('\n'.join(table(seen)))
-    paths = [os.path.join(folder, f'lens.{kind}') for kind in ('png', 'html')]
-    draw(seen, paths[0])
-    with atomic_write(paths[1], 'w') as file:
+    path = os.path.join(folder, 'lens.html')
+    with atomic_write(path, 'w') as file:
         file.write(page(seen))
-    print(f'written: {", ".join(paths)}')
+    print(f'written: {path}')
     return seen
 
 
@@ -284,7 +226,6 @@ class LensSettings:
     text: str = 'Return the number of'  # the text to look at
     gate: float = THRESHOLDS['gate']  # a token leaves where the gate's probability is above
     confidence: float = THRESHOLDS['confidence']  # or where the largest probability is
-    saturation: float = THRESHOLDS['saturation']  # or where the cosine with the state before is
     out_dir: str = ''  # the run to look into; empty: the newest
     checkpoint: str = ''  # the file in its folder; empty: ckpt.pt, or else packed.pt
     to: str = ''  # the folder to write into; empty: the run's

@@ -182,10 +182,10 @@ class BitSkipForCausalLM(PreTrainedModel, GenerationMixin):
             if not inside.any():
                 block.remember(h, rope, past)
                 continue
-            before, h = h, torch.where(inside, block(h, rope, past), h)
+            h = torch.where(inside, block(h, rope, past), h)
             read = torch.where(inside, self.model.exit_state(h, layer), read)
             if layer < len(pasts) - 1:
-                score = exit_score(self.model, h, before, layer, mode)  # (B, 1)
+                score = exit_score(self.model, h, layer, mode)  # (B, 1)
                 inside = inside & (score <= threshold)[..., None]
         return read
 

@@ -42,7 +42,7 @@ enum { AHEAD = 4096 };              // bytes: the next weights come while these 
 enum { SOME = 256 };                // logits of which exponentials are held at a time
 enum { NONE, LAYERNORM, RMSNORM };  // norms
 enum { PLAIN, RELU2, SWIGLU };      // the input of a linear: as it is, or `down`'s
-enum { FULL, GATE, CONFIDENCE, SATURATION };  // who may leave before the last block
+enum { FULL, GATE, CONFIDENCE };  // who may leave before the last block
 
 // -----------------------------------------------------------------------------------------------
 // what native.py fills in. C: n_embd, D: C / n_head, V: vocab_size, n 16s: n up to a multiple of 16
@@ -359,7 +359,6 @@ struct Run {
     const Decoder *d;
     int C, Q, F, X;                  // row lengths, multiples of 16: of h and y, qkv, ffn, scratch
     float *qkv, *y, *ffn, *scratch;  // (CHUNK, .); scratch (threads, X)
-    float *before;                   // (C): what the block was given, where that decides who leaves
     char *slots;                     // (CHUNK, slot_bytes)
     int64_t slot_bytes;
     int T, start, layer;             // tokens at hand, position of the first, block
@@ -456,13 +455,12 @@ static int64_t lay_out(const Decoder *d, Run *run) {
     int C = up_to(LANES, d->n_embd), Q = up_to(LANES, b->qkv.rows), F = up_to(LANES, b->up.rows);
     int X = larger(larger(b->qkv.cols, b->o.cols), b->down.cols);
     X = up_to(LANES, larger(X, QUERIES * up_to(LANES, d->block_size)));
-    int64_t shared = (int64_t)CHUNK * (Q + C + F), floats = shared + (int64_t)d->threads * X + C;
+    int64_t shared = (int64_t)CHUNK * (Q + C + F), floats = shared + (int64_t)d->threads * X;
     *run = (Run){.d = d, .C = C, .Q = Q, .F = F, .X = X, .slot_bytes = 64 + up_to(64, X)};
     if (d->workspace) {
         run->qkv = (float *)d->workspace;
         run->y = run->qkv + CHUNK * Q, run->ffn = run->y + CHUNK * C;
         run->scratch = run->qkv + shared;
-        run->before = run->qkv + floats - C;
         run->slots = (char *)(run->qkv + floats);
     }
     return floats * sizeof(float) + CHUNK * run->slot_bytes;
@@ -737,11 +735,6 @@ static void read_out(Run *run, int T, const float *h, int layer, float *logits) 
 static int leaves(Run *run, const Step *s, const float *h) {
     if (s->exit_mode == FULL || run->layer == s->last) return 0;
     if (s->exit_mode == GATE) return SETS[run->d->isa].gate(run, h) > s->threshold;
-    if (s->exit_mode == SATURATION) {
-        int C = run->d->n_embd;
-        float size = sqrtf(dot(h, h, C) * dot(run->before, run->before, C));
-        return fminf(dot(h, run->before, C) / size, 1.0f) > s->threshold;  // a cosine
-    }
     read_out(run, 1, h, run->layer, s->logits);
     return SETS[run->d->isa].confidence(s->logits, run->d->vocab_size) > s->threshold;
 }
@@ -762,7 +755,6 @@ void bitskip_step(const Decoder *d, Step *s) {
         run.T = smaller(CHUNK, s->T - t), run.start = s->start + t;
         for (int i = 0; i < run.T && s->tokens; i++) embed(d, s->tokens[t + i], h + i * run.C);
         for (run.layer = s->first; run.layer <= s->last; run.layer++) {
-            if (s->exit_mode == SATURATION) memcpy(run.before, h, d->n_embd * sizeof *h);
             run_block(&run, h);
             if (!run.has_left && leaves(&run, s, h)) run.has_left = 1, s->exit_layer = run.layer;
         }

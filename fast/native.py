@@ -189,7 +189,7 @@ CDraft = structure(
     (real, 'temperature confidence'), (integer, 'n'))
 NORMS = {'none': 0, 'layernorm': 1, 'rmsnorm': 2}
 ACTIVATIONS = {None: 0, 'relu2': 1, 'swiglu': 2}
-EXIT_NUMBERS = {None: 0, 'gate': 1, 'confidence': 2, 'saturation': 3}  # native.c: FULL, GATE, ...
+EXIT_NUMBERS = {None: 0, 'gate': 1, 'confidence': 2}  # native.c: FULL, GATE, ...
 
 class Decoder:
     """A packed model, and the key-value cache of one text: the twin of decode.Decoder.

@@ -9,6 +9,7 @@ papers/results/TABLE/LABEL-sSEED.json, with its command, commit, machine and min
 is not trained again. An interrupted run goes on where it was. Start the command in two terminals,
 and they share the work. Rates are chosen on validation text; the tables report test text.
 """
+import contextlib
 import hashlib
 import json
 import os
@@ -19,12 +20,13 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from filelock import FileLock, Timeout
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 from checkpoint import load_checkpoint, open_model
-from common import atomic_write, exclusive, keep_freed_memory, pick_device, say
+from common import atomic_write, keep_freed_memory, pick_device, say
 from configurator import UserError, check, configure, run
 from eval_exits import bits_per_byte, depth_statistics, evaluate, weight_statistics, windows
 from fast.machine import commit, machine
@@ -122,8 +124,8 @@ def train_all(tables, seeds):
         if not missing:
             return
         for r in missing:
-            with exclusive(f'{r.out_dir}.run', wait=False) as mine:
-                if mine and not r.path.exists():
+            with contextlib.suppress(Timeout), FileLock(f'{r.out_dir}.run', blocking=False):
+                if not r.path.exists():
                     do(r)
                     break  # its result may tell what to do next
         else:

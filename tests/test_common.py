@@ -12,9 +12,8 @@ import pytest
 import torch
 from conftest import ROOT
 
-import common
 from checkpoint import find_run, load_checkpoint, run_file, save_checkpoint
-from common import Processes, atomic_write, exclusive, interrupts, move_aside, read_text_strict
+from common import Processes, atomic_write, interrupts, move_aside
 from configurator import UserError
 
 @pytest.fixture
@@ -69,39 +68,6 @@ def test_a_full_disk_is_told_with_the_path(path, checkpoint):
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert os.listdir(os.path.dirname(path)) == []
 
-def test_one_living_process_at_a_time(tmp_path):
-    """Two processes took over the claim of a dead one at once, and trained into one folder."""
-    path = str(tmp_path / 'out/run')
-    hold = ('import common, sys, time; lock = common.exclusive(sys.argv[1]); '
-            'print(lock.__enter__(), flush=True); time.sleep(99)')
-    with subprocess.Popen([sys.executable, '-c', hold, path], stdout=subprocess.PIPE, text=True,
-                          env=os.environ | {'PYTHONPATH': str(ROOT)}) as other:
-        assert other.stdout.readline() == 'True\n'
-        with exclusive(path, wait=False) as mine:
-            assert not mine
-        other.kill()
-    for _ in range(2):
-        with exclusive(path, wait=False) as mine:
-            assert mine
-    assert os.listdir(tmp_path / 'out') == []
-
-def test_text_is_utf8_or_refused(tmp_path):
-    """Prompts: invalid bytes went to the model as something else. `<(...)` is no regular file."""
-    (tmp_path / 'good').write_bytes('é\r\n'.encode())
-    (tmp_path / 'bad').write_bytes(b'ab\xff')
-    assert read_text_strict(tmp_path / 'good') == 'é\r\n'
-    with pytest.raises(UserError, match='bad is not UTF-8 text: see byte 2'):
-        read_text_strict(tmp_path / 'bad')
-    code = ('from common import read_text_strict; from configurator import run\n'
-            'run(lambda argv: print(ascii(read_text_strict(argv[0]))))')
-    for source, out in (('- < good', "'\\xe9\\r\\n'\n"), ('<(cat good)', "'\\xe9\\r\\n'\n"),
-                        ('- < bad', ''), ('- <&-', ''), ('none', '')):
-        done = subprocess.run(['bash', '-c', f'{sys.executable} -c "$0" {source}', code],
-                              cwd=tmp_path, capture_output=True, text=True,
-                              env=os.environ | {'PYTHONPATH': str(ROOT)})
-        assert done.stdout == out and 'Traceback' not in done.stderr
-        assert done.returncode == (0 if out else 2) and done.stderr.count('\n') == (not out)
-
 # ---- checkpoints ----
 
 @pytest.mark.parametrize('share', [0, 0.01, 0.3, 0.9, 0.9999])
@@ -119,52 +85,14 @@ def test_file_with_a_flipped_bit(checkpoint, path):
     content = bytearray(Path(path).read_bytes())
     content[content.index(checkpoint['model']['head.weight'].numpy().tobytes()) + 40] ^= 64
     Path(path).write_bytes(content)
-    with pytest.raises(UserError, match='checksums or sizes are wrong'):
+    with pytest.raises(UserError, match='a checksum is wrong'):
         load_checkpoint(path)
 
-def test_load_returns_what_save_wrote_in_storages_of_its_own(checkpoint, path):
-    """A last.pt held zeros(1).expand(shape): AdamW updated one number 24 times. Others held the
-    weights themselves as their moments. And nothing that is loaded lives in the file."""
-    weight = checkpoint['model']['head.weight']
-    state = checkpoint['optimizer']['state'][0]
-    state |= {'exp_avg': torch.zeros(1).expand(4, 6), 'exp_avg_sq': weight,
-              'turned': weight.t(), 'part': torch.arange(100.0)[3:7]}
+@pytest.mark.parametrize('part', ['model', 'settings', 'meta', 'progress'])
+def test_another_file_of_torch(checkpoint, path, part):
+    del checkpoint[part]
     save_checkpoint(path, checkpoint)
-    loaded = load_checkpoint(path)
-    os.truncate(path, 10)
-    for part in ('settings', 'meta', 'progress'):
-        assert loaded[part] == checkpoint[part]
-    assert loaded['optimizer']['param_groups'] == checkpoint['optimizer']['param_groups']
-    found = {'weight': loaded['model']['head.weight'], **loaded['optimizer']['state'][0]}
-    for name, tensor in {'weight': weight, **state}.items():
-        assert torch.equal(found[name], tensor) and found[name].is_contiguous()
-        assert found[name].untyped_storage().nbytes() == tensor.numel() * 4
-    assert len({tensor.data_ptr() for tensor in found.values()}) == len(found)
-
-@pytest.mark.parametrize('change', [
-    torch.Tensor.to_sparse, lambda t: t.to('meta'), lambda t: t.to(torch.complex64),
-    lambda t: t[:1, :1].expand(1000, 1000)], ids=['sparse', 'meta', 'complex', 'huge'])
-@pytest.mark.parametrize('part', ['model', 'optimizer'])
-def test_tensors_of_kinds_that_no_run_has(checkpoint, path, part, change):
-    odd = change(torch.ones(2, 3))
-    checkpoint[part] = {'w': odd} if part == 'model' else {'state': {0: {'exp_avg': odd}}}
-    save_checkpoint(path, checkpoint)
-    with pytest.raises(UserError, match='its tensors are sparse'):
-        load_checkpoint(path)
-
-@pytest.mark.parametrize('part, value', [
-    *((part, None) for part in ('model', 'settings', 'meta', 'progress')),
-    ('model', []), ('model', {'w': 1}), ('model', {1: torch.ones(1)}), ('settings', [1]),
-    ('settings', {1: 2}), ('settings', {'n_layer': torch.ones(1)}), ('meta', {}),
-    ('meta', {'tokenizer': 'bytes', 'splits': 3}), ('progress', {'iter': 2.0}),
-    ('progress', {'val_loss': float('nan')}), ('progress', {'log_size': 'big'}),
-    ('model_class', 1)], ids=str)
-def test_checkpoint_with_broken_parts(checkpoint, path, part, value):
-    checkpoint[part] = value
-    if value is None:
-        del checkpoint[part]
-    save_checkpoint(path, checkpoint)
-    with pytest.raises(UserError, match='is damaged, or not a checkpoint') as error:
+    with pytest.raises(UserError, match=f'not a checkpoint of .*it has no {part}') as error:
         load_checkpoint(path)
     assert '\n' not in str(error.value)
 
@@ -197,12 +125,6 @@ def test_find_run(tmp_path, monkeypatch, capsys):
             is None] == ['out/older.1', 'out/older.2']
 
 # ---- the machine ----
-
-def test_devices():
-    assert common.pick_device('cpu') == torch.device('cpu')
-    for name in ('tpu', 'meta', 'cuda:99', ''):
-        with pytest.raises(UserError, match=f"device '{name}' is not here"):
-            common.pick_device(name)
 
 def test_interrupts(capfd):
     """Once, the step under way is finished and saved; twice, at once."""

@@ -125,15 +125,14 @@ class Settings:
     case: str = ''  # what happens
 
 def main(argv):
-    case, say = configure(Settings, argv).case, print
+    case = configure(Settings, argv).case
     if case == 'full': raise OSError(errno.ENOSPC, 'No space left on device', 'ckpt.pt')
     if case == 'interrupt': raise KeyboardInterrupt
     if case == 'memory': bytearray(2 ** 60)
     if case == 'bug': raise ValueError('a bug')
     if case == 'name': print(class_name(Settings).endswith('script:Settings'))
-    if case == 'say': from common import say
-    for _ in range(100_000 if case in ('print', 'say') else 1):
-        say('text')
+    for _ in range(100_000 if case == 'print' else 1):
+        print('text')
     open('done', 'w')
 
 run(main)
@@ -144,10 +143,9 @@ run(main)
     ('full', '', 2, '', "error: [Errno 28] No space left on device: 'ckpt.pt'\n"),
     ('memory', '', 2, '', 'error: out of memory: this machine has too little; try a smaller batch '
      'or model\n'), ('', '>&-', 0, '', ''), ('', '2>&-', 0, 'text\n', ''),
-    ('print', '| head -1', 141, 'text\n', ''), ('say', '| head -1', 0, 'text\n', '')])
+    ('print', '| head -1', 141, 'text\n', '')])
 def test_run_ends_in_one_sentence_and_no_traceback(tmp_path, case, shell, code, out, err):
-    """A reader that has gone (head) ends a script that prints; one that says goes on to its end:
-    `train.py | head -2` once stopped as if it had finished."""
+    """A reader that has gone (head) ends a script."""
     (tmp_path / 'script.py').write_text(SCRIPT)
     line = f'set -o pipefail; {sys.executable} script.py --case={case} {shell}'
     done = subprocess.run(['bash', '-c', line], cwd=tmp_path, text=True, capture_output=True,

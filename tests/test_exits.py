@@ -7,7 +7,7 @@ import torch
 from formulas import norm
 from torch.testing import assert_close
 
-from exits import (Gate, LinearCrossEntropy, deal, divergence_loss, exit_loss, exit_weights,
+from exits import (Gate, LinearCrossEntropy, exit_loss, exit_weights,
                    expected_exit_layer, sample_exits, skip_probabilities)
 
 # ---- A4, B6
@@ -48,13 +48,6 @@ def test_a4_cross_entropy_survives_large_logits():
     h, w = torch.eye(3) * 1000, torch.eye(3)
     assert exit_loss([h], [torch.arange(3)], [1.0], w) == 0
     assert exit_loss([h], [torch.tensor([1, 2, 0])], [1.0], w) == 1000
-
-def test_a4_deal_gives_each_token_to_one_exit():
-    """(That it is without bias, test_model.py asks of the loss.)"""
-    for n, count, sizes in ((100, 3, [34, 33, 33]), (2, 3, [1, 1, 0])):
-        shares = deal(n, count, 'cpu')
-        assert torch.cat(shares).sort().values.tolist() == list(range(n))
-        assert [len(share) for share in shares] == sizes
 
 # ---- A5, B2
 
@@ -106,10 +99,3 @@ def test_a9_expected_exit_layer_is_the_mean_over_all_outcomes(L):
     E = expected_exit_layer(p)
     assert_close(E, expected)
     assert_close(torch.autograd.grad(E, p), torch.autograd.grad(expected, p))
-
-def test_a_gate_has_so_many_tokens_that_two_heads_are_no_burden():
-    """Two gates learn from 256 of 4,096 tokens each: heads read 1,024 rows, not 8,192."""
-    states, last = [torch.randn(4, 1024, 8) for _ in range(2)], torch.randn(4, 1024, 8)
-    gates, read = [Gate(8, 4), Gate(8, 4)], []
-    divergence_loss(gates, states, last, lambda h, layer: h, lambda h: read.append(len(h)) or h)
-    assert read == [256] * 4

@@ -63,8 +63,7 @@ def test_causality_with_a_cache(make_model, tokens, settings, linear, autocast):
         assert_causal(second_chunk, idx[:, 5:], (1, 3, 6))
         assert_causal(lambda idx: exits_and_gates(model, idx), idx, (1, 6, 11))
 
-@pytest.mark.parametrize('mode, threshold', [('gate', 0.5), ('confidence', 0.3),
-                                             ('saturation', 0.7)])
+@pytest.mark.parametrize('mode, threshold', [('gate', 0.5), ('confidence', 0.3)])
 def test_causality_after_tokens_that_left(make_model, tokens, mode, threshold):
     """Some tokens before the chunk have left early, at several layers."""
     model, idx = make_model(n_layer=4, linear='hbitlinear'), tokens(1, 14)

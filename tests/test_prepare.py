@@ -1,6 +1,5 @@
 """Data sets: what text they hold, how it is split, and that a prepared folder is whole."""
 import contextlib
-import json
 import os
 from pathlib import Path
 
@@ -20,6 +19,9 @@ def user_error(match):
     with pytest.raises(UserError, match=match) as caught:
         yield
     assert '\n' not in str(caught.value)
+
+def prepared(data):
+    return sorted(name for name in os.listdir(data) if not name.endswith('.lock'))
 
 def text_of(folder, split):
     """A prepared split as text, once meta.json has been checked against it."""
@@ -130,7 +132,7 @@ def test_wikitext2_from_a_local_copy(tmp_path, data):
     source = tmp_path / 'copy'
     parquet(source / 'wikitext-2-raw-v1', WIKI, shards=2)
     folder = prepare.prepare('wikitext2', source=str(source), data_dir=data)
-    assert folder == os.path.join(data, 'wikitext2-gpt2') and os.listdir(data) == ['wikitext2-gpt2']
+    assert folder == os.path.join(data, 'wikitext2-gpt2') and prepared(data) == ['wikitext2-gpt2']
     for split, ours in (('train', 'train'), ('validation', 'val'), ('test', 'test')):
         text = ''.join(WIKI[split])
         assert text_of(folder, ours) == text  # one running text, tokenized as in one piece
@@ -169,8 +171,6 @@ def test_what_cannot_be_read(tmp_path, data, monkeypatch, poem):
     with user_error('tinystories cannot be read .Arrow'):
         prepare.prepare('tinystories', source=write(tmp_path / 'c', {'train.parquet': 'PAR1'}),
                         data_dir=data)
-    with user_error("x.jsonl cannot be read .KeyError: 'text'"):
-        prepare.prepare(write(tmp_path, {'x.jsonl': '{"a": 1}'}) + '/x.jsonl', data_dir=data)
     folder = write(tmp_path, {'empty.txt': '', 'short.txt': 'a', 'latin.txt': b'caf\xe9\n' * 9,
                               'none/a.py': 'code'})
     for name, message in (('empty.txt', 'no text in .*empty.txt'), ('none', 'no text in .*none'),
@@ -186,93 +186,84 @@ def test_what_cannot_be_read(tmp_path, data, monkeypatch, poem):
             prepare.prepare(name, data_dir=data)
     with user_error("no tokenizer 'gpt4'; there are bytes and gpt2"):
         prepare.prepare(poem, 'gpt4', data_dir=data)
-    assert not os.listdir(data)
+    assert not prepared(data)
 
 # ---- one's own text ----
 
 def test_a_folder_of_files(tmp_path, data, capsys):
-    """Linked folders were left out without a word, .jsonl was trained on as JSON, .parquet was not
-    UTF-8. Each file is split by position."""
+    """Linked folders were left out without a word. Each file is split by position."""
     files = {f'sub{i % 3}/{i}.md': f'text {i:03}\n' * 10 for i in range(5)} | {'empty.txt': ''}
     folder = Path(write(tmp_path / 'my.texts', files | {'a.py': 'code', '.git/b.txt': 'hidden'}))
-    rows = [f'row {i:03}\n' for i in range(20)]
-    write(folder, {'rows.jsonl': ''.join(json.dumps({'text': row}) + '\n' for row in rows)})
-    parquet(folder / 'tables', {'all': rows})
     (folder / 'linked').symlink_to(tmp_path)
-    prepared = prepare.prepare(str(folder), 'bytes', data_dir=data)
-    assert ('my.texts: texts read: 7; left out: 4 .git a.py empty.txt linked\n'
+    made = prepare.prepare(str(folder), 'bytes', data_dir=data)
+    assert ('my.texts: texts read: 5; left out: 4 .git a.py empty.txt linked\n'
             in capsys.readouterr().out)
-    parts = [bytes(load_tokens(prepared, split)).decode('utf-16').replace('\0', '\n').split('\n')
+    parts = [bytes(load_tokens(made, split)).decode('utf-16').replace('\0', '\n').split('\n')
              for split in ('train', 'val', 'test')]
-    expected = [f'text {i:03}' for i in range(5)] * 10 + [row.strip() for row in rows] * 2
-    assert sorted(filter(None, sum(parts, []))) == sorted(expected)
+    assert sorted(filter(None, sum(parts, []))) == sorted([f'text {i:03}' for i in range(5)] * 10)
     assert min(map(len, parts)) > 2
 
 # ---- prepared once, and whole ----
 
-@pytest.mark.parametrize('damage', [None, 'touched', 'meta', 'missing', 'short', 'sum', 'format'])
-def test_prepared_anew_only_if_need_be(poem, data, monkeypatch, capsys, damage):
+@pytest.mark.parametrize('damage', [None, 'meta', 'format', 'missing', 'short', 'sum'])
+def test_prepared_once_and_anew_if_asked(poem, data, monkeypatch, capsys, damage):
     folder = prepare.prepare(poem, 'bytes', data_dir=data)
     whole, train = text_of(folder, 'train'), os.path.join(folder, 'train.bin')
-    if damage == 'touched':
-        os.utime(poem)
-    elif damage == 'meta':
+    if damage == 'meta':
         os.truncate(os.path.join(folder, 'meta.json'), 100)
+    elif damage == 'format':
+        monkeypatch.setattr(prepare, 'FORMAT', prepare.FORMAT + 1)
     elif damage == 'missing':
         os.unlink(train)
     elif damage == 'short':
         os.truncate(train, 100)
     elif damage == 'sum':  # sums were written, and never read
         np.memmap(train, mode='r+')[10] += 1
-        os.utime(train, (1, 1))
-    elif damage == 'format':
-        monkeypatch.setattr(prepare, 'FORMAT', prepare.FORMAT + 1)
+    prepare.prepare(poem, 'bytes', data_dir=data)
+    assert ('would make it anew' in capsys.readouterr().out) == (damage not in ('meta', 'format'))
     if damage in ('missing', 'short', 'sum'):
         with user_error('train.bin is missing or damaged: run python prepare.py --dataset=.*poem'):
             load_tokens(folder, 'train')
-    prepare.prepare(poem, 'bytes', data_dir=data)
-    assert ('is up to date' in capsys.readouterr().out) == (damage is None)
+        prepare.main([f'--dataset={poem}', '--tokenizer=bytes', f'--data_dir={data}'])
     assert text_of(folder, 'train') == whole
-    assert sorted(os.listdir(data)) == ['poem-bytes'] + ['poem-bytes.1'] * (damage == 'meta')
+    assert prepared(data) == ['poem-bytes'] + ['poem-bytes.1'] * (damage == 'meta')
 
-def test_a_run_goes_on_with_its_own_tokens(poem, data, capsys):
-    """The source decided whether a run could go on: deleted, resuming was refused although the
-    data was whole; edited, an evaluation replaced the only tokens that the run can go on with."""
+def test_data_of_a_run(poem, data, tmp_path, capsys):
+    """Edited, a text is read when prepare.py is asked to; what it held is kept. A run is told when
+    its text is another one, and needs no source while its tokens are there."""
     folder = prepare.prepare(poem, 'bytes', data_dir=data)
-    settings = {'dataset': poem, 'tokenizer': 'bytes', 'source': '', 'data_dir': data, 'n_layer': 3,
+    settings = {'dataset': poem, 'tokenizer': '', 'source': '', 'data_dir': data, 'n_layer': 3,
                 'meta': load_meta(folder)}
     own = load_tokens(folder, 'val').tolist()
     with open(poem, 'a') as file:
         file.write('another line\n' * 50)
-    assert data_of(settings)[1].tolist() == own
     prepare.prepare(poem, 'bytes', data_dir=data)
-    assert 'held another text, which is now in' in capsys.readouterr().out
-    os.unlink(poem)
-    for split, n in (('val', 111), ('train', 881)):
-        meta, tokens = data_of(settings, split)
-        assert meta == settings['meta'] and len(tokens) == n
-    assert data_of(settings)[1].tolist() == own and load_tokens(folder, 'val').tolist() != own
+    assert data_of(settings)[0] == settings['meta'] and data_of(settings)[1].tolist() == own
     with user_error('has no other split, only train, val, test'):
         data_of(settings, 'other')
-    with user_error('saved tokenizer: expected str, got 3'):
-        data_of(settings | {'tokenizer': 3})
-    write(Path(poem).parent, {'poem.txt': 'a third text\n' * 50})
-    os.rename(f'{folder}.1', f'{folder}-gone')
-    assert load_tokens(data_of(settings)[0] and folder, 'val').tolist() != own
+    assert 'is not the text' not in capsys.readouterr().out
+    prepare.main([f'--dataset={poem}', '--tokenizer=bytes', f'--data_dir={data}'])
+    assert 'held another text, which is now in' in capsys.readouterr().out
+    os.unlink(poem)
+    assert len(data_of(settings)[1]) > len(own) == len(load_tokens(f'{folder}.1', 'val'))
     assert 'is not the text that this model was trained on' in capsys.readouterr().out
+    os.rename(folder, f'{folder}-gone')
+    write(tmp_path, {'poem.txt': 'a third text\n' * 50})
+    assert data_of(settings)[0]['dataset'] == poem  # prepared, as the run says
+    with user_error('saved tokenizer: expected str, got 3'):
+        data_of(settings | {'meta': {'tokenizer': 3}})
 
 @pytest.mark.parametrize('error', [KeyboardInterrupt, OSError])
 def test_failed_run_leaves_what_was_there(poem, data, monkeypatch, error):
     def documents():
         yield 'train', 'some text' * 100_000, True
-        assert sorted(os.listdir(data)) == ['poem-bytes', 'poem-bytes.lock', 'poem-bytes.tmp']
+        assert prepared(data) == ['poem-bytes', 'poem-bytes.tmp']
         raise error
     folder = prepare.prepare(poem, 'bytes', data_dir=data)
-    os.utime(poem)
     monkeypatch.setattr(prepare, 'documents', lambda *args: documents())
     with pytest.raises(error):
-        prepare.prepare(poem, 'bytes', data_dir=data)
-    assert os.listdir(data) == ['poem-bytes'] and text_of(folder, 'val').startswith('line 80')
+        prepare.prepare(poem, 'bytes', data_dir=data, anew=True)
+    assert prepared(data) == ['poem-bytes'] and text_of(folder, 'val').startswith('line 80')
 
 # ---- tokenizers ----
 

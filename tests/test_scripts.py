@@ -36,8 +36,8 @@ def run(tmp_path_factory):
 def in_the_run(run, monkeypatch):
     monkeypatch.chdir(run)
 
-def call(script, *options, stdin=''):
-    done = subprocess.run([sys.executable, str(ROOT / script), *options], input=stdin, text=True,
+def call(script, *options):
+    done = subprocess.run([sys.executable, str(ROOT / script), *options], text=True,
                           capture_output=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -57,11 +57,11 @@ def exits_of(out):
     told = out.split('left after block: ')[1].splitlines()[0]
     return {int(layer): int(count) for layer, count in re.findall(r'(\d+):(\d+)', told)}
 
-def test_sample_continues_stdin_and_tells_speed_and_depth():
+def test_sample_continues_a_prompt_and_tells_speed_and_depth():
     """From the outside."""
-    out = call('sample.py', '--prompt_file=-', '--max_new_tokens=9', '--exit_layer', '2',
+    out = call('sample.py', '--prompt', 'class P', '--max_new_tokens=9', '--exit_layer', '2',
                '--seed=3', '--temperature=0.5', '--top_k=5', '--show_exits',
-               '--packed=False', stdin='class P')
+               '--packed=False')
     assert out.startswith('run: out/run (the newest') and '\nclass P' in out
     assert exits_of(out)[2] == 9
     assert re.search(r'9 tokens, [\d,]+ tokens/s, mean exit layer 2\.00', out)
@@ -90,7 +90,7 @@ def test_sample_stops_where_the_text_ends(say, monkeypatch):
     out = say('--prompt=x', '--show_exits')
     assert '\nxa\u00e4bc\n' in out and '6 tokens, ' in out and sum(exits_of(out).values()) == 6
 
-@pytest.mark.parametrize('mode', ['gate', 'confidence', 'saturation'])
+@pytest.mark.parametrize('mode', ['gate', 'confidence'])
 def test_sample_token_by_token_exits(say, mode):
     """The prompt runs in full, the others leave at once or never."""
     options = ['--prompt=x', f'--exit_mode={mode}', '--show_exits', '--exit_threshold']
@@ -207,8 +207,7 @@ def test_help_lists_every_setting_with_default_and_comment(script, capsys):
     (sample, '--exit_layer=4', 'its layers are 0 to 3'),
     (sample, '--out_dir=out/nothing', 'there is no checkpoint out/nothing/ckpt.pt'),
     (sample, '--out_dir=cut', 'cut/ckpt.pt is damaged'), (sample, '--top_k=0', 'top_k is at least'),
-    (sample, '--prompt_file=nothing.txt', 'nothing.txt'), (sample, '--device=tpu', "'tpu' is not"),
-    (sample, '--prompt=a --prompt_file=b', 'choose one'), (eval_exits, '--split=all', 'split'),
+    (sample, '--device=tpu', "'tpu' is not"), (eval_exits, '--split=all', 'split'),
     (eval_exits, '--json=a.pt', 'should end in .json'), (eval_exits, '--batch_size=0', 'is 1 to'),
     (train, '--learning_rat=1', 'did you mean learning_rate'), (prepare, '--dataset=no', "set 'no'")
     ], ids=str)

@@ -126,7 +126,6 @@ def test_logits_are_ours_to_the_bit(pair):
 
 @pytest.mark.parametrize('options', [
     dict(blocks=2), dict(exit_mode='gate', exit_threshold=0.5),
-    dict(exit_mode='saturation', exit_threshold=0.8),
     dict(exit_mode='confidence', exit_threshold=0.2)], ids=str)
 def test_generate_is_our_greedy_decoding(pair, options):
     theirs, ours = pair

@@ -74,11 +74,6 @@ def test_exits_are_measured_against_the_best_without_on_validation_text(folder):
     assert (label, seeds) == ('joint exits', 1)
     assert abs(float(ratio.split()[0]) - math.exp(-0.2)) < 0.05
 
-def test_what_is_missing_is_said(capsys, monkeypatch, tmp_path):
-    monkeypatch.setattr(plan, 'RESULTS', tmp_path)
-    tables.show('fixed')
-    assert 'nothing is measured yet' in capsys.readouterr().out
-
 def test_the_page_is_of_today():
     """Every number between the marks is recomputed from the results."""
     page = tables.PAGE.read_text(encoding='utf-8')

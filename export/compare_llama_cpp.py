@@ -1,26 +1,23 @@
 """
 A GGUF file in llama.cpp beside the model that it was made of: logits, PPL and greedy text.
 
-    python tests/export/compare_llama_cpp.py --out_dir=out/arcee-cpu
-    python tests/export/compare_llama_cpp.py --gguf=exit1.gguf --exit_layer=1
+    python -m export.compare_llama_cpp --out_dir=out/arcee-cpu
+    python -m export.compare_llama_cpp --gguf=exit1.gguf --exit_layer=1
 
 Run by hand. Needs a binding of llama.cpp that comes compiled: pip install cyllama==0.2.18.
 """
 import os
-import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from cyllama.llama import llama_cpp
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from checkpoint import find_run, open_model  # noqa: E402
-from configurator import configure, run  # noqa: E402
-from eval_exits import perplexity  # noqa: E402
-from prepare import data_of, get_tokenizer  # noqa: E402
+from checkpoint import find_run, open_model
+from configurator import configure, run
+from eval_exits import perplexity
+from prepare import data_of, get_tokenizer
 
 @dataclass
 class CompareSettings:
