@@ -75,7 +75,7 @@ def compiled(folder):
     never loaded: that would be a bus error."""
     if os.name != 'posix':
         raise BuildError('native decoding needs POSIX threads (Linux, macOS)')
-    compiler = os.environ.get('CC') or next(filter(shutil.which, ('cc', 'gcc', 'clang')), None)
+    compiler = find_compiler()
     key = digest('\0'.join([SOURCE.read_text(encoding='utf-8'), *FLAGS, str(compiler),
                             platform.system(), platform.machine()]).encode())
     for path in folder.glob(f'native-{key}-*.so'):
@@ -89,15 +89,18 @@ def compiled(folder):
         file.write(library)
     return path
 
+def find_compiler():
+    return os.environ.get('CC') or next(filter(shutil.which, ('cc', 'gcc', 'clang')), None)
+
 def digest(data):
     return hashlib.sha256(data).hexdigest()[:16]
 
-def compile_library(compiler):
+def compile_library(compiler, source=SOURCE):
     """The bytes of native.c as a library. compiler: a command, with arguments if need be."""
     with tempfile.TemporaryDirectory() as folder:
         target = pathlib.Path(folder, 'native.so')
         try:
-            command = [*shlex.split(compiler), *FLAGS, '-o', str(target), str(SOURCE), '-lm']
+            command = [*shlex.split(compiler), *FLAGS, '-o', str(target), str(source), '-lm']
             done = subprocess.run(command, capture_output=True, text=True, timeout=120)
             if done.returncode == 0:
                 return target.read_bytes()

@@ -4,11 +4,12 @@ The plan: every experiment as cells, each a command line. The most informative c
     ladder    from as run to fixed, one change a rung: what is Hadamard, what made the cliff
     fixed     the 2 x 2 of Paper A, {BitLinear, H-BitLinear} x {no exits, exits}, and our exits
               against the best model without exits, at equal tokens and at equal time
-    length    that comparison at a quarter of the length, and at four times
     rates     three rates for three of the cells, to choose one for all
-    width     and at widths 32 and 128, with equal tokens per parameter
     twin      config/compose.py beside its twin in the shape that llama.cpp takes
+    length    joint exits against none at a quarter of the length, and at four times
+    width     and at widths 32 and 128, with equal tokens per parameter
     heads     Paper A's recommendation: own heads, adapters, distillation
+    decay     an exit loss that decays to zero
     routing   the routing loss through the blocks, and cut off from them
     B         Paper B's variants, narrow
     scale     Paper A's own scale, as run and fixed: 86M parameters, for a GPU
@@ -65,7 +66,7 @@ def ladder():
 
 CPU = 'train.py config/{}.py config/cpu.py'
 JOINT, JOINT_B = CPU.format('compose'), CPU.format('compose') + ' --linear=bitlinear'
-# A step with joint exits takes 1.165 times as long as one without (papers/results/steps.json)
+# A step with joint exits takes 1.17 times as long as one without (papers/results/steps.json)
 EQUAL_TIME = ' --max_iters=860 --eval_interval=430'
 # Paper A's four cells; the two without exits once more without a final norm; and our recipe
 FIXED = {
@@ -76,7 +77,7 @@ FIXED = {
     'joint exits': JOINT_B, 'H + joint exits': JOINT,
     'joint exits, equal time': JOINT_B + EQUAL_TIME,
     'H + joint exits, equal time': JOINT + EQUAL_TIME}
-# the best without exits, and the rival
+# without exits, and with
 RIVALS = {label: FIXED[label] for label in ('Baseline, no final norm', 'joint exits')}
 QUARTER = ' --max_iters=250 --eval_interval=250'
 

@@ -20,4 +20,3 @@ B = {'V1, phase 1': (14701.50, 4330.83, 2478.66, 1966.49), 'V1, phase 2': (None,
      'V2, phase 2': (None, None, 301.67, 210.24), 'V3, phase 2': (None, None, 481.60, 427.94),
      'Llama3, phase 1': (12471.16, 3059.27, 1246.45, 846.34),
      'Llama3, phase 2': (None, None, 1.77, 1.19)}
-B_SPREAD = {'V1': 2.2, 'V3': (1.3, 1.5)}  # std of activations: V1 after 24 blocks, V3 anywhere

@@ -70,7 +70,9 @@ def gradients(s, tokens, steps=200, every=5):
     return found
 
 def report_gradients(argv):
-    s, folder = configure(TrainSettings, argv), prepare('pydocs')
+    s = configure(TrainSettings, argv)
+    torch.set_num_threads(s.threads or torch.get_num_threads())
+    folder = prepare(s.dataset, s.tokenizer)
     s.vocab_size = load_meta(folder)['vocab_size']
     found = gradients(s, load_tokens(folder, 'train'))
     for step, loss, route, ce in found:
@@ -83,7 +85,7 @@ def report_gradients(argv):
 
 def start(argv):
     if not argv or argv[0] not in {*VARIANTS, 'gradients'}:
-        raise UserError(f'name a variant first: {" or ".join(VARIANTS)}')
+        raise UserError(f'name one of {", ".join(VARIANTS)} and gradients first')
     if argv[0] == 'gradients':
         return report_gradients(argv[1:])
     main(argv[1:], TrainSettings, VARIANTS[argv[0]])

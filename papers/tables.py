@@ -20,6 +20,7 @@ import numpy as np
 
 from common import atomic_write
 from configurator import UserError, configure, run
+from eval_exits import perplexity as ppl
 from papers.measures import LADDER
 from papers.plan import FIXED, OF_BASELINE, SEEDS, TABLES, reported_runs, tuning_runs
 
@@ -38,9 +39,6 @@ def learned(several):
     """Those that did not diverge."""
     return [r for r in several if 'exits' in r]
 
-def ppl(loss):
-    return math.exp(min(loss, 700))
-
 def number(x):
     """Four figures, or a power of ten where they do not tell."""
     return f'{x:.1e}' if x >= 1e6 else f'{x:,.0f}' if x >= 1e4 else f'{x:.4g}'
@@ -50,14 +48,14 @@ def spread(values):
     more = f' ± {statistics.stdev(values):.2g}' if len(values) > 1 else ''
     return number(statistics.mean(values)) + more if values else '-'
 
-def ratio(several, base, at=-1):
+def ratio(several, base):
     """PPL over that of `base` (at full depth), seed by seed, with an interval over documents and
     seeds: 'x.xxx [low, high]'."""
     partner = {r['seed']: r for r in base}
     pairs = [(r, partner[r['seed']]) for r in several if r['seed'] in partner]
     if not pairs or several is base:
         return '1' if pairs else '-'
-    middle = statistics.mean(ppl(a['exits'][at] - b['exits'][-1]) for a, b in pairs)
+    middle = statistics.mean(ppl(a['exits'][-1] - b['exits'][-1]) for a, b in pairs)
     low, high = interval(pairs)
     return f'{middle:.3f} [{low:.3f}, {high:.3f}]'
 
@@ -187,7 +185,7 @@ def rates_table():
         if all(several)]
 
 def pairs_table(table):
-    """A row a length or width: joint exits beside the best model without exits."""
+    """A row a length or width: joint exits beside BitLinear without a final norm."""
     rows, labels = [], list(TABLES[table].cells)
     for rival, exits in zip(labels[::2], labels[1::2]):
         base, several = (learned(results(table, label)) for label in (rival, exits))
@@ -196,7 +194,7 @@ def pairs_table(table):
             rows.append([exits.split(', ')[-1], several[0]['steps'], pairs,
                          *[spread([ppl(r['exits'][-1]) for r in runs]) for runs in (base, several)],
                          ratio(several, base), exit_ratio(several, 11)])
-    return ['', 'steps', 'seeds', 'PPL of the best without exits', 'of joint exits', 'joint ×',
+    return ['', 'steps', 'seeds', 'PPL, BitLinear without final norm', 'joint exits', 'joint ×',
             'one block less ×'], rows
 
 def paper_b_table():

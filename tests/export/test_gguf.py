@@ -133,8 +133,3 @@ def test_refusals_are_one_sentence_and_leave_no_file(export, tmp_path, flags, se
     with pytest.raises(UserError, match=message):
         export(*flags, **settings)
     assert [path.name for path in tmp_path.iterdir()] == ['ckpt.pt']
-
-def test_odd_widths_and_raw_exits_at_full_depth(export):
-    model, path = export('--type=F16', linear='fp', n_embd=96, ffn_dim=80, exit_norm='none')
-    assert torch.equal(read(path)[1]['blk.2.ffn_down.weight'],
-                       model.blocks[2].ffn.down.weight.half().float())

@@ -53,5 +53,5 @@ def test_it_trains_by_name(tmp_path):
     with text_folder(tmp_path, 3000):
         routing.start(['Clipped', *flags(max_iters=2, lambda_r=0.2)])
         assert isinstance(open_model('out/run/ckpt.pt')[0], routing.Clipped)
-    with pytest.raises(UserError, match='name a variant first: Detached or Clipped'):
+    with pytest.raises(UserError, match='name one of Detached, Clipped and gradients first'):
         routing.start(['--max_iters=2'])
