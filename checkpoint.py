@@ -15,9 +15,6 @@ import torch
 from configurator import UserError, find_class, is_out_of_memory, side_room
 from model import BitSkip
 
-PROGRESS = {'iter': 0, 'last_eval': 0, 'bad_evals': 0, 'log_size': 0, 'val_loss': 0.0,
-            'seconds': 0.0}  # of a run, as train.py saves it
-
 def save_checkpoint(path, checkpoint):
     with atomic_write(path) as file:
         torch.save(checkpoint, file)

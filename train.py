@@ -28,7 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
-from checkpoint import PROGRESS, load_checkpoint, of_today, save_checkpoint
+from checkpoint import load_checkpoint, of_today, save_checkpoint
 from configurator import UserError, build, check, class_name, collect, configs_of, run
 from eval_exits import bits_per_byte, evaluate, perplexity
 from model import BitSkip, BitSkipConfig
@@ -200,7 +200,7 @@ def train(s, saved, Model):
     torch.manual_seed(s.seed)
     model = Model(Model.Config.of(asdict(s))).to(processes.device)
     optimizer = make_optimizer(model, s)
-    progress = PROGRESS | {'val_loss': math.inf}
+    progress = {'iter': 0, 'last_eval': 0, 'val_loss': math.inf, 'bad_evals': 0, 'seconds': 0.0}
     if s.init_from == 'resume':
         progress = resume(model, optimizer, saved, s, processes.is_main)
     else:
