@@ -6,13 +6,16 @@ A checkpoint is a dict: model (weights by name), model_class, settings, meta (of
 and, in last.pt, the optimizer. It loads with weights_only=True: it cannot run code.
 """
 import glob
+import json
+import math
 import os
 import zipfile
+from dataclasses import asdict
 
-from common import atomic_write, say
+from common import atomic_write, move_aside, say
 import torch
 
-from configurator import UserError, find_class, is_out_of_memory, side_room
+from configurator import UserError, class_name, find_class, is_out_of_memory, side_room
 from model import BitSkip
 
 def save_checkpoint(path, checkpoint):
@@ -36,6 +39,60 @@ def load_checkpoint(path):
         why = ' '.join(repr(error).split())[:120]
         raise UserError(f'{path} is damaged, or not a checkpoint of train.py: {why}') from None
     return found
+
+# ---- a run that train.py makes: its settings s tell the folder ----
+
+def start(s, meta):
+    """The folder of a new run. A run that is there already is moved aside, never overwritten."""
+    if os.path.exists(f'{s.out_dir}/ckpt.pt') or os.path.exists(f'{s.out_dir}/last.pt'):
+        say(f'{s.out_dir} held an earlier run, which is now in {move_aside(s.out_dir)}')
+    with atomic_write(f'{s.out_dir}/log.jsonl', 'w') as file:
+        file.write(json.dumps({'settings': asdict(s), 'meta': meta}) + '\n')
+
+def log(s, **metrics):  # a line of log.jsonl
+    with open(f'{s.out_dir}/log.jsonl', 'a', encoding='utf-8') as file:
+        file.write(json.dumps(metrics) + '\n')
+
+def save(s, name, model, meta, progress, optimizer=None):
+    """ckpt.pt, or, with the optimizer, last.pt."""
+    progress['log_size'] = os.path.getsize(f'{s.out_dir}/log.jsonl')
+    state = {'model': model.state_dict(), 'model_class': class_name(type(model)),
+             'settings': asdict(s), 'meta': meta, 'progress': dict(progress)}
+    state |= {'optimizer': optimizer.state_dict()} if optimizer is not None else {}
+    save_checkpoint(f'{s.out_dir}/{name}', state)
+
+def resume(model, optimizer, saved, s, is_main):
+    """Take over what `save` wrote, to go on from it bit-exactly. Returns its progress."""
+    try:
+        if (name := saved.get('model_class', 'model:BitSkip')) != class_name(type(model)):
+            raise ValueError(f'it is a {name}')
+        model.load_state_dict(saved['model'])
+        groups = optimizer.state_dict()['param_groups']  # rate, decay, betas: of today's settings
+        optimizer.load_state_dict({'state': saved['optimizer']['state'], 'param_groups': groups})
+        for p, state in optimizer.state.items():
+            shapes = {name: moment.shape for name, moment in state.items()}
+            if shapes != {'step': (), 'exp_avg': p.shape, 'exp_avg_sq': p.shape}:
+                raise ValueError('its optimizer is for other parameters')
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+        why = ' '.join(str(error).split())[:120]
+        raise UserError(f'{s.out_dir}/last.pt does not fit these settings ({why})') from None
+    log_path, size = f'{s.out_dir}/log.jsonl', saved['progress'].get('log_size', math.inf)
+    if is_main and os.path.exists(log_path) and os.path.getsize(log_path) > size:
+        os.truncate(log_path, size)  # the rest is logged again
+    return dict(saved['progress'])
+
+def start_from(model, saved, s):
+    """Take over the weights of a finished model. Parts that it lacks, gates say, start anew."""
+    same_gates = saved['settings'].get('gate_loss') == s.gate_loss  # else they start anew
+    state, own = model.adopt(saved['model']), model.state_dict()
+    state = {name: w for name, w in state.items() if same_gates or not name.startswith('gates.')}
+    odd = [name for name, w in state.items() if name not in own or own[name].shape != w.shape]
+    odd += [name for name in own if name not in state and not name.startswith(model.new_parts)]
+    if odd:
+        raise UserError(f'the model in {s.init_from} does not fit these settings: see its {odd[0]}')
+    model.load_state_dict(state, strict=False)
+
+# ---- a run that is there ----
 
 def find_run(out_dir=''):
     """`out_dir`, or else the newest run in out/, which is then named."""

@@ -80,15 +80,15 @@ def expected_exit_layer(p):
 
     p_l is the chance to leave at layer l once reached; who has not left by then leaves at L-1.
     E is linear in each p_l, so on independent samples z ~ p its mean is E(p)."""
-    past = itertools.accumulate((1 - p).unbind(dim=-1), torch.mul)  # leave at none of 0 ... l
-    return sum(past)  # sum_l l P(leave at l) = sum_{l >= 0} P(get past l)
+    stays = itertools.accumulate((1 - p).unbind(dim=-1), torch.mul)  # leaves at none of 0 ... l
+    return sum(stays)  # sum_l l P(leave at l) = sum_{l >= 0} P(get past l)
 
 def routing_loss(p, target_exit):
     """A9: (E - l*)^2, a scalar, of p (B, T, L-1). E is a mean over tokens ("on average")."""
     return (expected_exit_layer(p).mean() - target_exit).square()
 
 def divergence_loss(gates, states, last, read, head):
-    """Not in the papers: gates that foresee what leaving costs. A scalar; only gates learn from it.
+    """Not in the papers: gates foresee the KL to full depth. A scalar; only gates learn from it.
 
     A gate's p is read as e^-D. D should foresee KL(full depth || exit), and a token leaves where
     D < -log(tau). The mean of D - KL log D is least where D is the expected KL. states: L-1 of

@@ -48,7 +48,7 @@ def fwht(x):
     x = x.movedim(-1, 0)  # features first, so that each half lies in one piece
     for _ in range(int(math.log2(len(x)))):
         a, b = x.chunk(2)
-        x = torch.stack((a + b, a - b), dim=1).flatten(0, 1)
+        x = torch.stack((a + b, a - b), dim=1).flatten(0, 1)  # the index's top bit goes last
     return x.movedim(0, -1) / math.sqrt(len(x))
 
 class HBitLinear(nn.Module):
@@ -56,7 +56,7 @@ class HBitLinear(nn.Module):
     def __init__(self, n_in, n_out):
         super().__init__()
         self.pad = 2 ** math.ceil(math.log2(n_in)) - n_in  # to the next power of two
-        self.weight = nn.Parameter(torch.empty(n_out, n_in + self.pad))
+        self.weight = nn.Parameter(torch.empty(n_out, n_in + self.pad))  # BitSkip fills it
 
     def forward(self, x):
         x, W = fwht(F.pad(x, (0, self.pad))), self.weight
@@ -64,7 +64,8 @@ class HBitLinear(nn.Module):
 
 def rotate(x):
     """RoPE: turns the pair (x_i, x_i+D/2) at position t by t / 10000^(2i/D). x (B, heads, T, D)."""
-    angle = torch.arange(x.shape[-2])[:, None] / 10000 ** torch.arange(0, 1, 2 / x.shape[-1])
+    *_, t, D = x.shape
+    angle = torch.arange(t)[:, None] / 10000 ** (torch.arange(0, D, 2) / D)  # (T, D/2)
     pairs = torch.complex(*x.chunk(2, dim=-1)) * torch.exp(1j * angle)  # (B, heads, T, D/2)
     return torch.cat((pairs.real, pairs.imag), dim=-1)
 
@@ -84,8 +85,8 @@ class Block(nn.Module):
         q, k, v = (attn[name](x).unflatten(-1, (-1, C // HEADS)).transpose(1, 2)
                    for name in 'qkv')  # (B, heads, T, D)
         k, v = (y.repeat_interleave(HEADS // KV_HEADS, dim=1) for y in (k, v))  # as many as q
-        future = torch.full((h.shape[1], h.shape[1]), -math.inf).triu(1)  # what a token cannot see
-        scores = rotate(q) @ rotate(k).mT / math.sqrt(C // HEADS) + future  # (B, heads, T, T)
+        mask = torch.full((h.shape[1], h.shape[1]), -math.inf).triu(1)  # no token sees later ones
+        scores = rotate(q) @ rotate(k).mT / math.sqrt(C // HEADS) + mask  # (B, heads, T, T)
         y = scores.softmax(dim=-1) @ v  # (B, heads, T, D)
         h = h + attn.o(attn.sub_norm(y.transpose(1, 2).flatten(2)))
         y = F.relu(ffn.up(self.ffn_norm(h))).square()  # (B, T, FFN): A3's squared ReLU

@@ -11,7 +11,7 @@ BitSkip: a decoder-only transformer with ternary weights, whose every block can 
           v
         logits (B, T, V)
 
-q, k, v, o, up and down are BitLinear or HBitLinear (quant.py), all else is full precision. Nothing
+A block's projections are BitLinear or HBitLinear (quant.py), all else is full precision. Nothing
 has a bias. Paper A (86M) has LayerNorm, SubLN and squared ReLU, Paper B (1.06B) RMSNorm and SwiGLU.
 """
 import math
@@ -28,11 +28,86 @@ from exits import (Gate, deal, divergence_loss, exit_loss, exit_weights, routing
                    sample_exits, skip_probabilities)
 from quant import linear_class, project, quantization_loss
 
-LIMITS = {name: (1, 2 ** 20) for name in (  # least and most
-    'vocab_size', 'block_size', 'n_head', 'n_kv_head', 'n_embd', 'ffn_dim')}
-LIMITS |= {name: (0, math.inf) for name in ('lambda_ee', 'lambda_q', 'lambda_r')}
-LIMITS |= {'n_layer': (1, 2 ** 10), 'rope_theta': (1, math.inf), 'dropout': (0, 0.99),
-           'p_max': (0, 1), 'gate_dim': (0, 2 ** 20), 'act_bits': (2, 8)}
+def rotate(x, rope):
+    """RoPE: turn the pair (x_i, x_{i + D/2}) of a token at position t by t * frequency_i."""
+    cos, sin = rope  # (T, D/2)
+    a, b = x.chunk(2, dim=-1)  # x (B, H, T, D)
+    return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1).type_as(x)
+
+class Attention(nn.Module):
+    """Causal grouped-query attention with rotary positions: (B, T, C) -> (B, T, C)."""
+
+    causal = True  # papers/mistakes.py asks what happens without
+
+    def __init__(self, config):
+        super().__init__()
+        C, self.dropout = config.n_embd, config.dropout
+        self.head_dim = C // config.n_head
+        self.q = projection(config, C, C, 'q')
+        self.k = projection(config, C, config.n_kv_head * self.head_dim, 'k')
+        self.v = projection(config, C, config.n_kv_head * self.head_dim, 'v')
+        self.sub_norm = make_norm(config, C) if config.sub_norm else nn.Identity()
+        self.o = projection(config, C, C, 'o')
+
+    def forward(self, x, rope, past=None):
+        q, k, v = project(x, self.q, self.k, self.v)  # q(x), k(x), v(x), but x is quantized once
+        q, k, v = map(self.split_heads, (q, k, v))  # (B, H, T, D); k and v have fewer H
+        q, k = rotate(q, rope), rotate(k, rope)
+        if past is None:
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal, enable_gqa=True,
+                                               dropout_p=self.dropout if self.training else 0.0)
+        else:
+            y = past.attend(q, k, v)  # the same to all tokens so far (decode.py)
+        y = y.transpose(1, 2).flatten(2)  # (B, H, T, D) -> (B, T, C)
+        return self.o(self.sub_norm(y))
+
+    def split_heads(self, x):  # (B, T, H D) -> (B, H, T, D)
+        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+    def remember(self, x, rope, past):  # keys and values only, for a token that has left before
+        k, v = map(self.split_heads, project(x, self.k, self.v))
+        past.write(rotate(k, rope), v)
+
+class FFN(nn.Module):
+    """down(SubLN(relu(up(x))^2)), or SwiGLU, down(SubLN(silu(gate(x)) up(x))): (B, T, C), too."""
+
+    def __init__(self, config):
+        super().__init__()
+        C, inner = config.n_embd, config.ffn_dim
+        swiglu = config.ffn == 'swiglu'  # its gate is no exit's gate
+        self.gate = projection(config, C, inner, 'gate') if swiglu else None
+        self.up = projection(config, C, inner, 'up')
+        self.sub_norm = make_norm(config, inner) if config.sub_norm else nn.Identity()
+        self.down = projection(config, inner, C, 'down')
+
+    def forward(self, x):
+        if self.gate is None:
+            y = F.relu(self.up(x)).square()  # the squared ReLU of A3
+        else:
+            gate, up = project(x, self.gate, self.up)
+            y = F.silu(gate) * up
+        return self.down(self.sub_norm(y))
+
+class Block(nn.Module):
+    """One layer: (B, T, C) -> (B, T, C). `past` is its part of a key-value cache (decode.py)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.attn_norm, self.attn = make_norm(config, config.n_embd), Attention(config)
+        self.ffn_norm, self.ffn = make_norm(config, config.n_embd), FFN(config)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, h, rope, past=None):
+        h = h + self.dropout(self.attn(self.attn_norm(h), rope, past))
+        return h + self.dropout(self.ffn(self.ffn_norm(h)))
+
+    def remember(self, h, rope, past):
+        self.attn.remember(self.attn_norm(h), rope, past)
+
+    def linears(self):
+        """The quantizable projections of this block, whatever kind they are."""
+        a, f = self.attn, self.ffn
+        return [p for p in (a.q, a.k, a.v, a.o, f.gate, f.up, f.down) if p is not None]
 
 @dataclass
 class BitSkipConfig:
@@ -56,12 +131,12 @@ class BitSkipConfig:
     lambda_ee: float = 0.0  # weight of the early-exit loss (A7); 0.3 where exits are trained
     ee_weighting: Literal['early', 'late', 'uniform'] = 'early'  # A4, B6, or all the same
     ee_positions: Literal['all', 'sampled'] = 'all'  # sampled: each has 1/(L-1) of the tokens
-    exit_norm: Literal['final', 'none', 'raw'] = 'final'  # none: exits go without; raw: all do
+    exit_norm: Literal['final', 'none', 'raw'] = 'final'  # a norm at every exit, the last, or none
     p_max: float = 0.0  # layer skipping (A5): the largest probability; Paper A 0.7, Paper B 0.5
     skip_normalize: bool = False  # scale them to sum 1, whatever p_max is (Paper B, section 3.3)
     lambda_q: float = 0.0  # weight of the quantization loss (A8); 0.05 where exits are trained
     lambda_r: float = 0.0  # weight of the routing loss (A9); 0.2 where exits are trained
-    gate_loss: Literal['cost', 'divergence'] = 'cost'  # gates learn A9, or what leaving costs
+    gate_loss: Literal['cost', 'divergence'] = 'cost'  # cost: A9; divergence: KL to full depth
     target_exit: int | None = None  # l*, the mean exit that A9 asks for; none: L / 2, Paper A's 6
     gate_dim: int = 32  # inner width of the gates (A6); 0: no gates
 
@@ -80,105 +155,11 @@ class BitSkipConfig:
     def of(cls, settings):  # the model's part of a larger dict
         return cls(**{f.name: settings[f.name] for f in fields(cls) if f.name in settings})
 
-def make_norm(config, size):
-    rms = config.norm == 'rmsnorm'
-    return nn.RMSNorm(size, eps=1e-5) if rms else nn.LayerNorm(size, eps=1e-5, bias=False)
-
-def linear(config, in_features, out_features, name):
-    """The projection `name` of a block, of the kind that the config asks for."""
-    kind = config.linear
-    if kind == 'hbitlinear' and config.hadamard_layers == 'o,down' and name not in ('o', 'down'):
-        kind = 'bitlinear'
-    return linear_class(kind)(in_features, out_features, config.act_bits, config.linear_norm)
-
-def rotate(x, rope):
-    """RoPE: turn the pair (x_i, x_{i + D/2}) of a token at position t by t * frequency_i."""
-    cos, sin = rope  # (T, D/2)
-    a, b = x.chunk(2, dim=-1)  # x (B, H, T, D)
-    return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1).type_as(x)
-
-class Attention(nn.Module):
-    """Causal grouped-query attention with rotary positions: (B, T, C) -> (B, T, C)."""
-
-    causal = True  # papers/mistakes.py asks what happens without
-
-    def __init__(self, config):
-        super().__init__()
-        C, self.dropout = config.n_embd, config.dropout
-        self.head_dim = C // config.n_head
-        self.q = linear(config, C, C, 'q')
-        self.k = linear(config, C, config.n_kv_head * self.head_dim, 'k')
-        self.v = linear(config, C, config.n_kv_head * self.head_dim, 'v')
-        self.sub_norm = make_norm(config, C) if config.sub_norm else nn.Identity()
-        self.o = linear(config, C, C, 'o')
-
-    def forward(self, x, rope, past=None):
-        q, k, v = map(self.heads, project(x, self.q, self.k, self.v))  # (B, H, T, D), k and v fewer
-        q, k = rotate(q, rope), rotate(k, rope)
-        if past is None:
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal, enable_gqa=True,
-                                               dropout_p=self.dropout if self.training else 0.0)
-        else:
-            y = past.attend(q, k, v)  # the same to all tokens so far (decode.py)
-        y = y.transpose(1, 2).flatten(2)  # (B, H, T, D) -> (B, T, C)
-        return self.o(self.sub_norm(y))
-
-    def heads(self, x):  # (B, T, H D) -> (B, H, T, D)
-        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-
-    def remember(self, x, rope, past):  # keys and values only, for a token that has left before
-        k, v = map(self.heads, project(x, self.k, self.v))
-        past.write(rotate(k, rope), v)
-
-class FFN(nn.Module):
-    """down(SubLN(relu(up(x))^2)), or SwiGLU, down(SubLN(silu(gate(x)) up(x))): (B, T, C), too."""
-
-    def __init__(self, config):
-        super().__init__()
-        C, inner = config.n_embd, config.ffn_dim
-        self.gate = linear(config, C, inner, 'gate') if config.ffn == 'swiglu' else None
-        self.up = linear(config, C, inner, 'up')
-        self.sub_norm = make_norm(config, inner) if config.sub_norm else nn.Identity()
-        self.down = linear(config, inner, C, 'down')
-
-    def forward(self, x):
-        if self.gate is None:
-            y = F.relu(self.up(x)).square()  # the squared ReLU of A3
-        else:
-            gate, up = project(x, self.gate, self.up)
-            y = F.silu(gate) * up
-        return self.down(self.sub_norm(y))
-
-class Block(nn.Module):
-    """One layer: (B, T, C) -> (B, T, C). `past` is its part of a key-value cache (decode.py)."""
-
-    Attention = Attention  # a variant may have its own
-
-    def __init__(self, config):
-        super().__init__()
-        self.attn_norm, self.attn = make_norm(config, config.n_embd), self.Attention(config)
-        self.ffn_norm, self.ffn = make_norm(config, config.n_embd), FFN(config)
-        self.dropout = nn.Dropout(config.dropout)
-
-    def forward(self, h, rope, past=None):
-        h = h + self.dropout(self.attn(self.attn_norm(h), rope, past))
-        return h + self.dropout(self.ffn(self.ffn_norm(h)))
-
-    def remember(self, h, rope, past):
-        self.attn.remember(self.attn_norm(h), rope, past)
-
-    def linears(self):
-        """The quantizable projections of this block, whatever kind they are."""
-        a, f = self.attn, self.ffn
-        return [p for p in (a.q, a.k, a.v, a.o, f.gate, f.up, f.down) if p is not None]
-
 class BitSkip(nn.Module):
     """Embedding, L blocks, final norm, head, and a gate at every exit but the last. A variant is a
     subclass (papers/)."""
 
     Config, Block = BitSkipConfig, Block  # a variant may have its own
-    decay_all = False  # weight decay on matrices only
-    new_parts = ('gates.',)  # what --init_from=out/... may lack: it starts anew
 
     def __init__(self, config):
         super().__init__()
@@ -210,13 +191,12 @@ class BitSkip(nn.Module):
         losses: a dict of scalars, total, ce, ee, quant, route; with an exit_layer of its ce alone.
         return_logits=False returns None for the logits, which saves their memory.
         ValueError if there is no such layer, or the tokens do not fit into block_size."""
-        last, losses, states = self.require_layer(exit_layer), None, []
-        for h in self.hidden_states(idx, last, cache):
-            states = [h] if targets is None else states + [h]  # only the losses need them all
-        states[-1] = self.exit_state(states[-1], last)
+        last = self.require_layer(exit_layer)
+        *earlier, h = self.hidden_states(idx, last, cache)
+        h, losses = self.exit_state(h, last), None  # what the head reads
         if targets is not None:
-            losses = self.losses(idx, targets, states[-1:] if exit_layer is not None else states)
-        return (self.head(states[-1]) if return_logits else None), losses
+            losses = self.losses(idx, targets, [*earlier, h] if exit_layer is None else [h])
+        return (self.head(h) if return_logits else None), losses
 
     def hidden_states(self, idx, last=None, cache=None):
         """Yield h_0 ... h_last, each (B, T, C): what each block leaves, before any norm."""
@@ -258,15 +238,12 @@ class BitSkip(nn.Module):
         early = layer < self.config.n_layer - 1
         return h if early and self.config.exit_norm == 'none' else self.norm(h)
 
-    def adopt(self, state):
-        """The weights of a finished model, by the names that this one has for them."""
-        return state
-
     def losses(self, idx, targets, states):
         """A7: L = CE + lambda_ee L_ee + lambda_q L_quant + lambda_r L_route, a dict of scalars.
 
         states: h_0 ... h_{L-2} (B, T, C), and what the head reads at the last layer."""
         config, h, earlier = self.config, states[-1], states[:-1]
+        # F.cross_entropy(self.head(h), targets), but without all logits in memory (exits.py)
         ce = exit_loss([h.flatten(0, 1)], [targets.flatten()], [1.0], self.head.weight)
         ee = quant = route = torch.zeros((), device=h.device)
         if earlier and config.lambda_ee:
@@ -279,9 +256,9 @@ class BitSkip(nn.Module):
         return {'total': total, 'ce': ce, 'ee': ee, 'quant': quant, 'route': route}
 
     def early_exit_loss(self, states, idx, targets):
-        """A4, B6 of the exits' L-1 states (B, T, C), tokens and targets (B, T). (As run by the
-        authors, exits learn idx.) With ee_positions='sampled' each exit has its own share of the
-        tokens in training: all exits together then cost what one costs."""
+        """A4, B6 of the exits' L-1 states (B, T, C), tokens and targets (B, T). (idx is for
+        variants that learn the current token.) With ee_positions='sampled' each exit has its own
+        share of the tokens in training: all exits together then cost what one costs."""
         rows, targets = [h.flatten(0, 1) for h in states], [targets.flatten()] * len(states)
         if self.training and self.config.ee_positions == 'sampled':
             shares = deal(len(rows[0]), len(rows), rows[0].device)
@@ -292,7 +269,7 @@ class BitSkip(nn.Module):
         return exit_loss(rows, targets, weights, self.head.weight)
 
     def route_loss(self, states, last):
-        """What the gates learn: A9 or, with gate_loss='divergence', what leaving there costs."""
+        """What the gates learn: A9 or, with gate_loss='divergence', the KL to full depth."""
         if self.config.gate_loss == 'divergence':
             return divergence_loss(self.gates, states, last, self.exit_state, self.head)
         p = self.gate_probabilities(states)  # A6, (B, T, L-1)
@@ -326,3 +303,28 @@ class BitSkip(nn.Module):
         """Continue idx (B, T) int64: (B, T + max_new_tokens). Options: see decode.stream."""
         steps = decode.stream(self, idx, max_new_tokens, **options)
         return torch.cat([idx] + [token for token, _ in steps], dim=1)
+
+    # what train.py asks of a variant
+    decay_all = False  # weight decay on matrices only
+    new_parts = ('gates.',)  # what --init_from=out/... may lack: it starts anew
+
+    def adopt(self, state):
+        """The weights of a finished model, by the names that this one has for them."""
+        return state
+
+def make_norm(config, size):
+    rms = config.norm == 'rmsnorm'
+    return nn.RMSNorm(size, eps=1e-5) if rms else nn.LayerNorm(size, eps=1e-5, bias=False)
+
+def projection(config, in_features, out_features, name):
+    """The projection `name` of a block, of the kind that the config asks for."""
+    kind = config.linear
+    if kind == 'hbitlinear' and config.hadamard_layers == 'o,down' and name not in ('o', 'down'):
+        kind = 'bitlinear'
+    return linear_class(kind)(in_features, out_features, config.act_bits, config.linear_norm)
+
+LIMITS = {name: (1, 2 ** 20) for name in (  # least and most
+    'vocab_size', 'block_size', 'n_head', 'n_kv_head', 'n_embd', 'ffn_dim')}
+LIMITS |= {name: (0, math.inf) for name in ('lambda_ee', 'lambda_q', 'lambda_r')}
+LIMITS |= {'n_layer': (1, 2 ** 10), 'rope_theta': (1, math.inf), 'dropout': (0, 0.99),
+           'p_max': (0, 1), 'gate_dim': (0, 2 ** 20), 'act_bits': (2, 8)}

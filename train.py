@@ -7,10 +7,9 @@ Train a BitSkip model.
     torchrun --nproc_per_node=4 train.py config/bitskip_h_ee.py     four GPUs, or four CPU processes
 
 Each micro-batch seeds its random numbers from (seed, step, micro-batch). So a resumed run is
-bit-exact, and n processes with m micro-batches each take the same step as one process with n m.
+bit-exact, and n processes take the step that one takes, up to rounding.
 A run is a folder, out/<configs>/ (checkpoint.py).
 """
-import json
 import math
 import os
 import shlex
@@ -19,8 +18,8 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
 from typing import Literal
 
-from common import (Processes, atomic_write, autocast, can_compile, interrupts, keep_freed_memory,
-                    move_aside, pick_device, pick_dtype, say)  # before torch
+from common import (Processes, autocast, can_compile, interrupts, keep_freed_memory, pick_device,
+                    pick_dtype, say)  # before torch: it sets OMP_WAIT_POLICY
 import numpy as np
 from filelock import FileLock, Timeout
 import torch
@@ -28,18 +27,12 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
-from checkpoint import load_checkpoint, of_today, save_checkpoint
-from configurator import UserError, build, check, class_name, collect, configs_of, run
+from checkpoint import load_checkpoint, log, of_today, resume, save, start, start_from
+from configurator import UserError, build, check, collect, configs_of, run
 from eval_exits import bits_per_byte, evaluate, perplexity
 from model import BitSkip, BitSkipConfig
 from prepare import data_of, load_meta, load_tokens, prepare
 from quant import int8_support
-
-LIMITS = dict.fromkeys(('batch_size', 'gradient_accumulation_steps', 'max_iters', 'eval_interval',
-                        'log_interval'), (1, math.inf))
-LIMITS |= dict.fromkeys(('patience', 'learning_rate', 'min_lr', 'warmup_iters', 'weight_decay',
-                         'grad_clip', 'seed', 'threads'), (0, math.inf))
-LIMITS |= {'beta1': (0, 0.999999), 'beta2': (0, 0.999999), 'decay_frac': (0, 1)}
 
 @dataclass
 class TrainSettings(BitSkipConfig):
@@ -57,7 +50,7 @@ class TrainSettings(BitSkipConfig):
     log_interval: int = 10  # steps between lines in log.jsonl
     patience: int = 3  # stop after so many evaluations without improvement; 0: never
     learning_rate: float = 6e-4  # the peak
-    min_lr: float = 0.0  # at the end
+    min_lr: float = 0.0  # what the decay runs towards
     warmup_iters: int = 100  # steps of linear warm-up, but at most a tenth of max_iters
     schedule: Literal['wsd', 'linear', 'cosine'] = 'wsd'  # wsd: warm up, stay, decay
     decay_frac: float = 0.2  # share of all steps that wsd decays over
@@ -77,115 +70,8 @@ class TrainSettings(BitSkipConfig):
         if self.gate_dim and self.lambda_r and self.gate_loss == 'cost':
             check(self, {'target_exit': (0, self.n_layer - 1)})
 
-def get_lr(step, s):
-    """The learning rate of step 0, 1, ... max_iters-1."""
-    # 1) linear warm-up to the peak
-    warmup_iters = min(s.warmup_iters, s.max_iters // 10)
-    if step < warmup_iters:
-        return s.learning_rate * (step + 1) / (warmup_iters + 1)
-    # 2) how much of the decay is still ahead: 1 at its start, 0 at the end
-    wsd = s.schedule == 'wsd'
-    decay_iters = s.max_iters * s.decay_frac if wsd else s.max_iters - warmup_iters
-    ahead = min(1.0, (s.max_iters - step) / max(1, decay_iters))
-    # 3) from peak to min_lr, straight or along a cosine
-    if s.schedule == 'cosine':
-        ahead = 0.5 - 0.5 * math.cos(math.pi * ahead)
-    return s.min_lr + (s.learning_rate - s.min_lr) * ahead
-
-def seed_microbatch(seed, step, micro):
-    """Everything random in one micro-batch follows from this."""
-    torch.manual_seed(int(np.random.SeedSequence([seed, step, micro]).generate_state(1)[0]))
-
-def get_batch(tokens, batch_size, block_size, device):
-    """Random windows of the text: idx and targets (B, T) int64, targets one token ahead."""
-    starts = torch.randint(len(tokens) - block_size, (batch_size,)).tolist()
-    windows = [torch.from_numpy(tokens[i:i + block_size + 1].astype(np.int64)) for i in starts]
-    windows = torch.stack(windows).to(device, non_blocking=True)  # (B, T + 1)
-    return windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
-
-def make_optimizer(model, s):
-    """AdamW, with weight decay on matrices (embedding and head among them), not on norms."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    decays = [p.dim() >= 2 or model.decay_all for p in trained]
-    groups = [{'params': [p for p, yes in zip(trained, decays) if yes == group],
-               'weight_decay': s.weight_decay * group} for group in (True, False)]
-    return torch.optim.AdamW(groups, lr=s.learning_rate, betas=(s.beta1, s.beta2), fused=True)
-
-def gradient(model, tokens, s, step, processes):
-    """The gradient of one step into .grad; its losses, a mean over micro-batches: dict of scalars.
-    model: the BitSkip, or DDP around it."""
-    micros = range(processes.rank, s.gradient_accumulation_steps, processes.world)  # our share
-    total = 0
-    for micro in micros:
-        seed_microbatch(s.seed, step, micro)
-        idx, targets = get_batch(tokens, s.batch_size, s.block_size, processes.device)
-        exchange = processes.world == 1 or micro == micros[-1]  # DDP does so once a step
-        with nullcontext() if exchange else model.no_sync():
-            with autocast(processes.device, s.dtype):
-                _, losses = model(idx, targets, return_logits=False)
-            (losses['total'] / len(micros)).backward()
-        total = total + torch.stack([loss.detach() for loss in losses.values()])
-    total = processes.sum(total) / s.gradient_accumulation_steps
-    return dict(zip(losses, total))
-
-def loop(s, model, optimizer, progress, data, processes):
-    """Steps and evaluations to the end: True. Ctrl-C saves after the step under way: False."""
-    meta, train_tokens, val_tokens = data
-    main_process, module = processes.is_main, model
-    if processes.world > 1:  # (a block that all samples skip has no gradient: find_unused)
-        module = DistributedDataParallel(model, find_unused_parameters=True)
-    bar = tqdm(total=s.max_iters, initial=progress['iter'], disable=None if main_process else True,
-               bar_format='{n}/{total} |{bar:10}| {desc} ETA {remaining}', dynamic_ncols=True)
-    clock = time.perf_counter() - progress['seconds']
-    tokens_per_step = s.gradient_accumulation_steps * s.batch_size * s.block_size
-    with interrupts() as wanted:
-        while True:
-            # evaluate on the whole validation text, and save
-            done = progress['iter']
-            due = done % s.eval_interval == 0 or done == s.max_iters
-            if due and done > progress['last_eval']:
-                bar.set_description_str('evaluating')
-                with autocast(processes.device, s.dtype):
-                    loss = evaluate(model, val_tokens, None, s.batch_size, processes)[-1]
-                require_finite(s, f'step {done}: validation loss', loss)
-                better = loss < progress['val_loss']
-                progress |= {'last_eval': done, 'val_loss': min(loss, progress['val_loss']),
-                             'bad_evals': 0 if better else progress['bad_evals'] + 1}
-                if main_process:
-                    if better:
-                        save('ckpt.pt', model, s, meta, progress)
-                    log(s, iter=done, val_loss=loss, best=progress['val_loss'])
-                    save('last.pt', model, s, meta, progress, optimizer)
-                    with tqdm.external_write_mode():
-                        say(f'step {done}: {describe(meta, loss)}' + ', not best' * (not better))
-            finished = done >= s.max_iters or 0 < s.patience <= progress['bad_evals']
-            if finished or processes.any(wanted):
-                break
-            # one step
-            started = time.perf_counter()
-            model.train()
-            optimizer.zero_grad(set_to_none=True)
-            losses = gradient(module, train_tokens, s, done, processes)
-            losses['grad_norm'] = clip_grad_norm_(model.parameters(), s.grad_clip or math.inf)
-            losses = dict(zip(losses, torch.stack([*losses.values()]).tolist()))  # waits for a GPU
-            require_finite(s, f'step {done}: loss, gradient', losses['total'], losses['grad_norm'])
-            for group in optimizer.param_groups:
-                group['lr'] = get_lr(done, s)
-            optimizer.step()
-            speed = tokens_per_step / (time.perf_counter() - started)
-            progress |= {'iter': done + 1, 'seconds': time.perf_counter() - clock}
-            if main_process and progress['iter'] % s.log_interval == 0:
-                log(s, iter=done + 1, **losses, lr=get_lr(done, s), tok_per_s=speed,
-                    seconds=progress['seconds'])
-            bar.set_description_str(f'loss {losses["ce"]:.3f} {speed / 1000:.1f}k tok/s', False)
-            bar.update()
-    bar.close()
-    if main_process and not finished:
-        save('last.pt', model, s, meta, progress, optimizer)
-    return finished
-
 def train(s, saved, Model):
-    """The run that these settings describe, from scratch or from a checkpoint. As `main`."""
+    """The run that these settings describe, from scratch or from a checkpoint. Returns as main."""
     torch.set_num_threads(s.threads or torch.get_num_threads())
     processes = Processes(pick_device(s.device))
     s.dtype = pick_dtype(s.dtype, processes.device)  # a resumed run keeps the choice
@@ -211,66 +97,132 @@ def train(s, saved, Model):
     if s.compile and can_compile(processes.device):
         for block in model.blocks:
             block.compile()
-    every, ternary = sum(p.numel() for p in model.parameters()), model.quantizable_parameters()
-    say(f'{s.out_dir}: {every / 1e6:.1f}M parameters, {ternary / 1e6:.1f}M of them in projections '
-        f'({s.linear})\n  {s.dtype} on '
-        f'{processes.world} x {processes.device} ({int8_support(processes.device.type)[1]})')
+    n_all, n_projected = sum(p.numel() for p in model.parameters()), model.quantizable_parameters()
+    say(f'{s.out_dir}: {n_all / 1e6:.1f}M parameters, {n_projected / 1e6:.1f}M in projections '
+        f'({s.linear})\n  {s.dtype} on {processes.world} x {processes.device} '
+        f'({int8_support(processes.device.type)[1]})')
     finished = loop(s, model, optimizer, progress, data, processes)
     if processes.is_main:
         conclude(s, meta, progress, finished)
     processes.close()
     return finished
 
-# ---- a run on disk ----
+def loop(s, model, optimizer, progress, data, processes):
+    """Steps and evaluations to the end: True. Ctrl-C saves after the step under way: False."""
+    meta, train_tokens, val_tokens = data
+    parallel = model
+    if processes.world > 1:  # (a block that all samples skip has no gradient: find_unused)
+        parallel = DistributedDataParallel(model, find_unused_parameters=True)
+    bar = tqdm(total=s.max_iters, initial=progress['iter'], disable=not processes.is_main or None,
+               bar_format='{n}/{total} |{bar:10}| {desc} ETA {remaining}', dynamic_ncols=True)
+    clock = time.perf_counter() - progress['seconds']
+    with interrupts() as wanted, bar:
+        while True:
+            step = progress['iter']
+            due = step % s.eval_interval == 0 or step == s.max_iters
+            if due and step > progress['last_eval']:
+                bar.set_description_str('evaluating')
+                evaluate_and_save(s, model, optimizer, progress, meta, val_tokens, processes)
+            finished = step >= s.max_iters or 0 < s.patience <= progress['bad_evals']
+            if finished or processes.any(wanted):
+                break
+            # one step: gradient, clip, update
+            started, lr = time.perf_counter(), get_lr(step, s)
+            model.train()
+            optimizer.zero_grad(set_to_none=True)
+            losses = gradient(parallel, train_tokens, s, step, processes)
+            losses['grad_norm'] = clip_grad_norm_(model.parameters(), s.grad_clip or math.inf)
+            losses = dict(zip(losses, torch.stack([*losses.values()]).tolist()))  # waits for a GPU
+            require_finite(s, f'step {step}: loss, gradient', losses['total'], losses['grad_norm'])
+            for group in optimizer.param_groups:
+                group['lr'] = lr
+            optimizer.step()
+            progress |= {'iter': step + 1, 'seconds': time.perf_counter() - clock}
+            tokens = s.gradient_accumulation_steps * s.batch_size * s.block_size
+            speed = tokens / (time.perf_counter() - started)
+            if processes.is_main and (step + 1) % s.log_interval == 0:
+                log(s, iter=step + 1, **losses, lr=lr, tok_per_s=speed, seconds=progress['seconds'])
+            bar.set_description_str(f'loss {losses["ce"]:.3f} {speed / 1000:.1f}k tok/s', False)
+            bar.update()
+    if processes.is_main and not finished:
+        save(s, 'last.pt', model, meta, progress, optimizer)
+    return finished
 
-def save(name, model, s, meta, progress, optimizer=None):
-    progress['log_size'] = os.path.getsize(f'{s.out_dir}/log.jsonl')
-    state = {'model': model.state_dict(), 'model_class': class_name(type(model)),
-             'settings': asdict(s), 'meta': meta, 'progress': dict(progress)}
-    state |= {'optimizer': optimizer.state_dict()} if optimizer is not None else {}
-    save_checkpoint(f'{s.out_dir}/{name}', state)
+def gradient(model, tokens, s, step, processes):
+    """The gradient of one step into .grad; its losses, a mean over micro-batches: dict of scalars.
+    model: the BitSkip, or DDP around it."""
+    micros = range(processes.rank, s.gradient_accumulation_steps, processes.world)  # our share
+    sums = 0
+    for micro in micros:
+        seed_microbatch(s.seed, step, micro)
+        idx, targets = get_batch(tokens, s.batch_size, s.block_size, processes.device)
+        exchange = processes.world == 1 or micro == micros[-1]
+        with nullcontext() if exchange else model.no_sync():  # DDP exchanges after the last only
+            with autocast(processes.device, s.dtype):
+                _, losses = model(idx, targets, return_logits=False)
+            (losses['total'] / len(micros)).backward()  # adds to .grad
+        sums = sums + torch.stack([loss.detach() for loss in losses.values()])
+    return dict(zip(losses, processes.sum(sums) / s.gradient_accumulation_steps))
 
-def log(s, **metrics):
-    with open(f'{s.out_dir}/log.jsonl', 'a', encoding='utf-8') as file:
-        file.write(json.dumps(metrics) + '\n')
+def get_batch(tokens, batch_size, block_size, device):
+    """Random windows of the text: idx and targets (B, T) int64, targets one token ahead."""
+    starts = torch.randint(len(tokens) - block_size, (batch_size,)).tolist()
+    windows = [torch.from_numpy(tokens[i:i + block_size + 1].astype(np.int64)) for i in starts]
+    windows = torch.stack(windows).to(device, non_blocking=True)  # (B, T + 1)
+    return windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
 
-def start(s, meta):
-    """The folder of a new run. A run that is there already is moved aside, never overwritten."""
-    if os.path.exists(f'{s.out_dir}/ckpt.pt') or os.path.exists(f'{s.out_dir}/last.pt'):
-        say(f'{s.out_dir} held an earlier run, which is now in {move_aside(s.out_dir)}')
-    with atomic_write(f'{s.out_dir}/log.jsonl', 'w') as file:
-        file.write(json.dumps({'settings': asdict(s), 'meta': meta}) + '\n')
+def seed_microbatch(seed, step, micro):
+    """Everything random in one micro-batch follows from this."""
+    torch.manual_seed(int(np.random.SeedSequence([seed, step, micro]).generate_state(1)[0]))
 
-def start_from(model, saved, s):
-    """Take over the weights of a finished model. Parts that it lacks, gates say, start anew."""
-    same_gates = saved['settings'].get('gate_loss') == s.gate_loss  # else they learned otherwise
-    state, own = model.adopt(saved['model']), model.state_dict()
-    state = {name: w for name, w in state.items() if same_gates or not name.startswith('gates.')}
-    odd = [name for name, w in state.items() if name not in own or own[name].shape != w.shape]
-    odd += [name for name in own if name not in state and not name.startswith(model.new_parts)]
-    if odd:
-        raise UserError(f'the model in {s.init_from} does not fit these settings: see its {odd[0]}')
-    model.load_state_dict(state, strict=False)
+def make_optimizer(model, s):
+    """AdamW, with weight decay on matrices (embedding and head among them), not on norms."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    decay = [p for p in trained if p.dim() >= 2 or model.decay_all]
+    rest = [p for p in trained if p.dim() < 2 and not model.decay_all]
+    groups = [{'params': decay, 'weight_decay': s.weight_decay},
+              {'params': rest, 'weight_decay': 0.0}]
+    return torch.optim.AdamW(groups, lr=s.learning_rate, betas=(s.beta1, s.beta2), fused=True)
 
-def resume(model, optimizer, saved, s, is_main):
-    """Take over what `save` wrote, to go on from it bit-exactly; returns its progress."""
-    try:
-        if (name := saved.get('model_class', 'model:BitSkip')) != class_name(type(model)):
-            raise ValueError(f'it is a {name}')
-        model.load_state_dict(saved['model'])
-        groups = optimizer.state_dict()['param_groups']  # rate, decay and betas are the settings'
-        optimizer.load_state_dict({'state': saved['optimizer']['state'], 'param_groups': groups})
-        for p, state in optimizer.state.items():
-            shapes = {name: moment.shape for name, moment in state.items()}
-            if shapes != {'step': (), 'exp_avg': p.shape, 'exp_avg_sq': p.shape}:
-                raise ValueError('its optimizer is for other parameters')
-    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
-        why = ' '.join(str(error).split())[:120]
-        raise UserError(f'{s.out_dir}/last.pt does not fit these settings ({why})') from None
-    log_path, size = f'{s.out_dir}/log.jsonl', saved['progress'].get('log_size', math.inf)
-    if is_main and os.path.exists(log_path) and os.path.getsize(log_path) > size:
-        os.truncate(log_path, size)  # the rest is logged again
-    return dict(saved['progress'])
+def get_lr(step, s):
+    """The learning rate of step 0, 1, ... max_iters-1."""
+    # 1) linear warm-up to the peak
+    warmup_iters = min(s.warmup_iters, s.max_iters // 10)
+    if step < warmup_iters:
+        return s.learning_rate * (step + 1) / (warmup_iters + 1)
+    # 2) how much of the decay is still ahead: 1 at its start, 0 at the end
+    wsd = s.schedule == 'wsd'
+    decay_iters = s.max_iters * s.decay_frac if wsd else s.max_iters - warmup_iters
+    ahead = min(1.0, (s.max_iters - step) / max(1, decay_iters))
+    # 3) from peak to min_lr, straight or along a cosine
+    if s.schedule == 'cosine':
+        ahead = 0.5 - 0.5 * math.cos(math.pi * ahead)
+    return s.min_lr + (s.learning_rate - s.min_lr) * ahead
+
+# ---- around the loop ----
+
+LIMITS = dict.fromkeys(('batch_size', 'gradient_accumulation_steps', 'max_iters', 'eval_interval',
+                        'log_interval'), (1, math.inf))
+LIMITS |= dict.fromkeys(('patience', 'learning_rate', 'min_lr', 'warmup_iters', 'weight_decay',
+                         'grad_clip', 'seed', 'threads'), (0, math.inf))
+LIMITS |= {'beta1': (0, 0.999999), 'beta2': (0, 0.999999), 'decay_frac': (0, 1)}
+
+def evaluate_and_save(s, model, optimizer, progress, meta, val_tokens, processes):
+    """The loss on the whole validation text; last.pt and, if the model is the best, ckpt.pt."""
+    step = progress['iter']
+    with autocast(processes.device, s.dtype):
+        loss = evaluate(model, val_tokens, batch_size=s.batch_size, processes=processes)[-1]
+    require_finite(s, f'step {step}: validation loss', loss)
+    better = loss < progress['val_loss']
+    progress |= {'last_eval': step, 'val_loss': min(loss, progress['val_loss']),
+                 'bad_evals': 0 if better else progress['bad_evals'] + 1}
+    if processes.is_main:
+        if better:
+            save(s, 'ckpt.pt', model, meta, progress)
+        log(s, iter=step, val_loss=loss, best=progress['val_loss'])
+        save(s, 'last.pt', model, meta, progress, optimizer)
+        with tqdm.external_write_mode():
+            say(f'step {step}: {describe(meta, loss)}' + ', not best' * (not better))
 
 def read_settings(argv, Settings):
     """(settings, None), or (settings, checkpoint) where the run builds on another. To resume, the

@@ -1,5 +1,5 @@
 # Our recipe, trained jointly: every exit reads its raw state, all exits together count twice as
-# much as full depth, no block is skipped, and gates learn what leaving costs. papers/README.md
+# much as full depth, no block is skipped, and gates foresee the KL to full depth. papers/README.md
 # tells what each ingredient is worth.
 #   python train.py config/compose.py config/cpu.py
 # Each exit learns from its share of the tokens, so that all of them cost one head. cpu.py has a

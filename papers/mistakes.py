@@ -24,20 +24,19 @@ from configurator import UserError, run
 from hadamard import fwht, next_pow2, pad_to_pow2
 from quant import BitLinear, activation_quant_ste, dequantize, latent_weights, straight_through
 
-class AttentionToAll(model.Attention):
-    causal = False
-
-    def forward(self, x, rope, past=None):
-        if past is not None:
-            raise UserError('this model sees the future, so it cannot write: the tokens that it '
-                            'looks at are not there yet')
-        return super().forward(x, rope)
-
 class NonCausal(model.BitSkip):
     """Every token sees all others, the one that it has to predict among them."""
 
-    class Block(model.Block):
-        Attention = AttentionToAll
+    def __init__(self, config):
+        super().__init__(config)
+        for block in self.blocks:
+            block.attn.causal = False
+
+    def run_block(self, layer, h, rope, past=None):
+        if past is not None:
+            raise UserError('this model sees the future, so it cannot write: the tokens that it '
+                            'looks at are not there yet')
+        return super().run_block(layer, h, rope)
 
 class UnshiftedExits(model.BitSkip):
     """Exits learn to say the token that they have just read."""

@@ -25,7 +25,7 @@ def imports(tree, function=''):
 
 def test_the_core_is_as_small_as_the_readme_says():
     counts = {name: len((ROOT / f'{name}.py').read_text().splitlines()) for name in CORE}
-    assert sum(counts.values()) <= 2549, (sum(counts.values()), counts)
+    assert sum(counts.values()) <= 2561, (sum(counts.values()), counts)
     assert max(counts.values()) <= 340 and counts['minimal'] <= 200, counts
     tests = (ROOT / 'tests').glob('**/*.py')
     assert sum(len(path.read_text().splitlines()) for path in tests) <= 5000
