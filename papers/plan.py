@@ -8,6 +8,7 @@ The plan: every experiment as cells, each a command line. The most informative c
     twin      config/compose.py beside its twin in the shape that llama.cpp takes
     length    joint exits against none at a quarter of the length, and at four times
     width     and at widths 32 and 128, with equal tokens per parameter
+    half_rate some of these at half the rate
     heads     Paper A's recommendation: own heads, adapters, distillation
     decay     an exit loss that decays to zero
     routing   the routing loss through the blocks, and cut off from them
@@ -108,6 +109,11 @@ TABLES = {
                    wider(RIVALS, 32, 250)
                    | {f'{label}, width 64': command for label, command in RIVALS.items()}
                    | wider(RIVALS, 128, 4000), 3, (RATE,)),
+    'half_rate': Table('widths 64 and 128 at half the rate', {
+        f'{label}, width 64': command for label, command in RIVALS.items()} | {
+        f'{label}, width 64 with H': FIXED[label]
+        for label in ('H-only, no final norm', 'H + joint exits')}
+        | wider(RIVALS, 128, 4000), 3, (RATE / 2,)),
     'heads': Table("Paper A's recommendation", {
         'shared head': JOINT, 'own heads': f'{HEADS} --exit_head=own',
         'adapters': f'{HEADS} --exit_head=adapter',
